@@ -1,0 +1,9 @@
+"""One random seed per purpose, so that a change in one place moves no numbers in another."""
+
+import hashlib
+
+
+def seed_for(seed: int, *purpose: str | int) -> int:
+    """Returns a seed below 2^63 from the run's seed and what it is for, e.g. `seed_for(0, "sae_init", hook_name)`."""
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
