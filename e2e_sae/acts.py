@@ -1,0 +1,111 @@
+"""The records that everything passes around: positions, what one SAE saw and made, one run of the model.
+
+Axes: `batch` sequences, `pos` token positions, `...` whatever a hook point has besides (heads), the
+activation's width last.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Position(NamedTuple):
+    """Where an SAE sits. For an SAE both names are equal; a transcoder reads at one and writes at another."""
+
+    read: str
+    """Hook point whose activation goes into the encoder."""
+    write: str
+    """Hook point whose activation the decoder's output replaces."""
+
+    @property
+    def name(self) -> str:
+        """The name in keys and logs: where it writes."""
+        return self.write
+
+
+class SAEActs(NamedTuple):
+    """What one SAE saw and made in one pass."""
+
+    input: Float[Tensor, "*tokens d_in"]
+    """The activation it read."""
+    latents: Float[Tensor, "*tokens d_sae"]
+    """Its codes, after the activation function."""
+    output: Float[Tensor, "*tokens d_in"]
+    """Its reconstruction, which replaced the activation."""
+
+    @property
+    def c(self) -> Float[Tensor, "*tokens d_sae"]:
+        """The latents, under the paper's library's name."""
+        return self.latents
+
+    @property
+    def error(self) -> Float[Tensor, "*tokens d_in"]:
+        """What the reconstruction misses: input - output."""
+        return self.input - self.output
+
+
+class CacheActs(NamedTuple):
+    """An activation that was only looked at."""
+
+    input: Float[Tensor, "*tokens d"]
+    """The activation."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token rows and which of their positions count in losses and metrics."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """Token ids on the model's device."""
+    counted: Bool[Tensor, "batch pos"] | None
+    """Positions that count; None when all do."""
+    n_counted: int
+    """How many positions count, known without asking the device."""
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Tensor, "batch pos"],
+        exclude_token_ids: list[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "TokenBatch":
+        """Builds the batch from token ids on the CPU and moves it to `device`."""
+        if not exclude_token_ids:
+            return cls(tokens.to(device), None, tokens.numel())
+        counted = ~torch.isin(tokens, torch.tensor(exclude_token_ids, device=tokens.device))
+        return cls(tokens.to(device), counted.to(device), int(counted.sum()))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the model on one batch, clean or spliced."""
+
+    batch: TokenBatch
+    """What was run."""
+    acts: dict[str, Float[Tensor, "batch pos ..."]] = field(default_factory=dict)
+    """Activations that were asked for, by hook name."""
+    sae_acts: dict[str, SAEActs] = field(default_factory=dict)
+    """What each SAE saw and made, by the name of its position. Empty in a clean pass."""
+    logits: Float[Tensor, "batch pos d_vocab"] | None = None
+    """Output of the model; None when the run stopped before it."""
+
+    def at(self, name: str) -> Float[Tensor, "batch pos ..."]:
+        """Returns the activation at a hook point; at an SAE's position, what the SAE read."""
+        return self.sae_acts[name].input if name in self.sae_acts else self.acts[name]
+
+
+class Mean(NamedTuple):
+    """A mean before the division, so that batches, chunks and ranks add up exactly."""
+
+    sum: Float[Tensor, ""]
+    """Sum over the counted tokens of a value per token."""
+    count: int
+    """How many tokens were counted."""
+
+    @property
+    def value(self) -> Float[Tensor, ""]:
+        """sum / count; NaN where nothing was counted."""
+        return self.sum / self.count if self.count else self.sum * float("nan")

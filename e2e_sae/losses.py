@@ -1,0 +1,234 @@
+"""Loss terms: each is one class that is its own config and its own formula, called with (clean, spliced).
+
+A term returns `Mean`s (sum, count of counted tokens) under the paper's library's names; `calc_loss` divides
+and weighs. Letters: a clean activation, x activation in the spliced pass (the SAE's input at its position),
+c latents, x_hat the SAE's output, N counted tokens, d width.
+
+Formulas: arXiv 2405.12241, section 2 (eq. 1-3), normalised as in the authors' code: every mean square is over
+tokens *and* width, sparsity is divided by d, the downstream coefficient is shared by its hook points.
+"""
+
+from abc import abstractmethod
+
+from jaxtyping import Float
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from e2e_sae.acts import Mean, Pass
+from e2e_sae.base_config import BaseConfig
+from e2e_sae.ops.logits import kl_sum
+from e2e_sae.ops.tokens import at_least_float32, counted_sum
+from e2e_sae.types import StrOrList
+
+Pair = tuple[Float[Tensor, "batch pos *rest"], Float[Tensor, "batch pos *rest"]]
+"""(prediction, target), in the order in which the paper's library computes explained variances."""
+
+
+class LossTerm(BaseConfig):
+    """One term. `values` gives what is logged, `coeff_per_value` what each value is multiplied by."""
+
+    @abstractmethod
+    def values(self, clean: Pass, spliced: Pass) -> dict[str, Mean]:
+        """Returns the unweighted values by log name."""
+
+    @property
+    @abstractmethod
+    def coeff_per_value(self) -> float:
+        """Weight of each value in the total."""
+
+    @property
+    def needs_downstream(self) -> bool:
+        """Whether the spliced model must run on, past its SAEs."""
+        return False
+
+
+class SparsityLoss(LossTerm):
+    """(1/N) sum_tokens (sum_j c_j^p)^(1/p) / d at each SAE. For latents that are not negative."""
+
+    coeff: NonNegativeFloat
+    """Weight."""
+    p_norm: PositiveFloat = 1.0
+    """p; 1 gives the L1 norm."""
+
+    def values(self, clean: Pass, spliced: Pass) -> dict[str, Mean]:
+        """Returns `sparsity/{position}`."""
+        return {
+            f"sparsity/{name}": Mean(
+                counted_sum(self.norm(acts.latents) / acts.input.shape[-1], spliced.batch.counted),
+                spliced.batch.n_counted,
+            )
+            for name, acts in spliced.sae_acts.items()
+        }
+
+    def norm(self, latents: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, " *tokens"]:
+        """Returns the Lp norm of each token's latents."""
+        latents = at_least_float32(latents)
+        if self.p_norm == 1:
+            return latents.abs().sum(-1)
+        return latents.norm(p=self.p_norm, dim=-1)
+
+    @property
+    def coeff_per_value(self) -> float:
+        """`coeff`."""
+        return self.coeff
+
+
+class MSETerm(LossTerm):
+    """A mean square over counted tokens and width: (1/(N d)) sum ||prediction - target||^2."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the term in YAML and logs."""
+
+    @abstractmethod
+    def pairs(self, clean: Pass, spliced: Pass) -> dict[str, Pair]:
+        """Returns (prediction, target) by hook name."""
+
+    def values(self, clean: Pass, spliced: Pass) -> dict[str, Mean]:
+        """Returns `{name}/{hook}`."""
+        values: dict[str, Mean] = {}
+        for hook_name, (prediction, target) in self.pairs(clean, spliced).items():
+            squares = (at_least_float32(prediction) - at_least_float32(target)).square().mean(-1)
+            values[f"{self.name}/{hook_name}"] = Mean(
+                counted_sum(squares, spliced.batch.counted), spliced.batch.n_counted
+            )
+        return values
+
+
+class InToOrigLoss(MSETerm):
+    """Downstream MSE: mean (x - a)^2 at each listed hook point (at an SAE: what it reads)."""
+
+    total_coeff: NonNegativeFloat
+    """Sum of the weights; each hook point has `total_coeff / len(hook_positions)`."""
+    hook_positions: StrOrList = Field(min_length=1)
+    """Exact hook names."""
+
+    @property
+    def name(self) -> str:
+        """`in_to_orig`."""
+        return "in_to_orig"
+
+    def pairs(self, clean: Pass, spliced: Pass) -> dict[str, Pair]:
+        """Returns (x, a)."""
+        return {name: (spliced.at(name), clean.at(name)) for name in self.hook_positions}
+
+    @property
+    def coeff_per_value(self) -> float:
+        """The equal share of `total_coeff`."""
+        return self.total_coeff / len(self.hook_positions)
+
+    @property
+    def needs_downstream(self) -> bool:
+        """Always."""
+        return True
+
+
+class OutToOrigLoss(MSETerm):
+    """mean (x_hat - a)^2 at each SAE: its output against the clean activation."""
+
+    coeff: NonNegativeFloat
+    """Weight."""
+
+    @property
+    def name(self) -> str:
+        """`out_to_orig`."""
+        return "out_to_orig"
+
+    def pairs(self, clean: Pass, spliced: Pass) -> dict[str, Pair]:
+        """Returns (x_hat, a)."""
+        return {name: (acts.output, clean.at(name)) for name, acts in spliced.sae_acts.items()}
+
+    @property
+    def coeff_per_value(self) -> float:
+        """`coeff`."""
+        return self.coeff
+
+
+class OutToInLoss(MSETerm):
+    """Local MSE: mean (x - x_hat)^2 at each SAE. The gradient flows into both, so also into SAEs upstream."""
+
+    coeff: NonNegativeFloat
+    """Weight."""
+
+    @property
+    def name(self) -> str:
+        """`out_to_in`."""
+        return "out_to_in"
+
+    def pairs(self, clean: Pass, spliced: Pass) -> dict[str, Pair]:
+        """Returns (x, x_hat): the order of the paper's library, whose explained variance is thus relative to x_hat."""
+        return {name: (acts.input, acts.output) for name, acts in spliced.sae_acts.items()}
+
+    @property
+    def coeff_per_value(self) -> float:
+        """`coeff`."""
+        return self.coeff
+
+
+class LogitsKLLoss(LossTerm):
+    """(1/N) sum_tokens KL(clean || spliced) of the output distributions, in nats; no term where logits are not run."""
+
+    coeff: NonNegativeFloat
+    """Weight."""
+
+    def values(self, clean: Pass, spliced: Pass) -> dict[str, Mean]:
+        """Returns `logits_kl`."""
+        if clean.logits is None or spliced.logits is None:
+            return {}
+        total = kl_sum(clean.logits, spliced.logits, spliced.batch.counted)
+        return {"logits_kl": Mean(total, spliced.batch.n_counted)}
+
+    @property
+    def coeff_per_value(self) -> float:
+        """`coeff`."""
+        return self.coeff
+
+    @property
+    def needs_downstream(self) -> bool:
+        """Always, with coefficient 0 too: that is how one asks for the KL in the log."""
+        return True
+
+
+class LossConfigs(BaseConfig):
+    """The mix. A term with coefficient 0 is computed and logged but does not train; null leaves it out."""
+
+    sparsity: SparsityLoss
+    """Lp penalty on the latents."""
+    in_to_orig: InToOrigLoss | None = None
+    """Downstream MSE (e2e+ds)."""
+    out_to_orig: OutToOrigLoss | None = None
+    """SAE output against the clean activation."""
+    out_to_in: OutToInLoss | None = None
+    """Local MSE."""
+    logits_kl: LogitsKLLoss | None = None
+    """KL of the output (e2e)."""
+
+    @property
+    def terms(self) -> list[LossTerm]:
+        """The terms that are present, in the order of the log."""
+        terms = [self.sparsity, self.in_to_orig, self.out_to_orig, self.out_to_in, self.logits_kl]
+        return [term for term in terms if term is not None]
+
+    @property
+    def needs_downstream(self) -> bool:
+        """Whether any term needs the spliced model to run past its SAEs; if not, the run is local."""
+        return any(term.needs_downstream for term in self.terms)
+
+
+def calc_loss(terms: list[LossTerm], clean: Pass, spliced: Pass) -> tuple[Float[Tensor, ""], dict[str, Mean]]:
+    """Returns the weighted total, sum over values of coeff * (sum / count), and the unweighted values by log name.
+
+    A batch without a counted token has total 0.
+    """
+    values: dict[str, Mean] = {}
+    totals: list[Tensor] = []
+    for term in terms:
+        for name, mean in term.values(clean, spliced).items():
+            values[name] = mean
+            # Sum x 0 rather than the mean: keeps the graph, and 0 tokens give 0, not NaN.
+            mean_value = mean.value if mean.count else mean.sum * 0.0
+            totals.append(term.coeff_per_value * mean_value)
+    if not totals:
+        raise ValueError("no loss term has a value: neither SAE activations nor logits were given")
+    return sum(totals[1:], totals[0]), values

@@ -1,0 +1,126 @@
+"""The SAE's arithmetic by hand, its initialisation, and the views of the paper's library's users."""
+
+import pytest
+import torch
+from torch import nn
+
+from e2e_sae.saes import ARCHITECTURES, ReluSAE
+
+
+def hand_made() -> ReluSAE:
+    sae = ReluSAE(2, 3)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]]))
+        sae.b_enc.copy_(torch.tensor([0.0, -1.0, 0.5]))
+        sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]]))
+        sae.b_dec.copy_(torch.tensor([0.1, 0.2]))
+    return sae
+
+
+def test_forward_by_hand():
+    # pre = (1, 2*1-1, -1+0.5) = (1, 1, -0.5); latents (1, 1, 0); rows of D: (0.6, 0.8), (0, 1), (1, 0)
+    recon, latents = hand_made()(torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(latents, torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(recon, torch.tensor([0.7, 2.0]))
+
+
+def test_dictionary_columns_have_unit_norm_and_a_zero_row_stays_finite():
+    sae = hand_made()
+    with torch.no_grad():
+        sae.W_dec[1] = 0
+    elements = sae.dict_elements
+    torch.testing.assert_close(elements.norm(dim=0), torch.tensor([1.0, 0.0, 1.0]))
+    assert elements.shape == (2, 3)
+
+
+def test_the_scale_of_a_decoder_row_changes_nothing_and_gets_no_gradient():
+    sae = hand_made()
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    before = sae(x)[0]
+    before.square().sum().backward()
+    assert sae.W_dec.grad is not None
+    # The gradient of a normalised direction is orthogonal to it.
+    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(3), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.tensor([[2.0], [3.0], [0.5]]))
+    torch.testing.assert_close(sae(x)[0], before)
+
+
+def test_gradients_equal_those_of_the_paper_librarys_layers():
+    """The twin is built from torch's own layers, with the dictionary normalised in forward."""
+    sae = ReluSAE(5, 11, generator=torch.Generator().manual_seed(1)).double()
+    encoder, decoder = nn.Linear(5, 11).double(), nn.Linear(11, 5).double()
+    with torch.no_grad():
+        encoder.weight.copy_(sae.encoder[0].weight)
+        encoder.bias.copy_(sae.encoder[0].bias)
+        decoder.weight.copy_(sae.decoder.weight)
+        decoder.bias.copy_(sae.decoder.bias)
+    x = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    recon, latents = sae(x)
+    (3 * recon.square().sum() + latents.sum()).backward()
+    twin_latents = torch.relu(encoder(x))
+    columns = decoder.weight / decoder.weight.norm(dim=0, keepdim=True)
+    twin_recon = twin_latents @ columns.T + decoder.bias
+    (3 * twin_recon.square().sum() + twin_latents.sum()).backward()
+    pairs = [(sae.W_enc, encoder.weight), (sae.b_enc, encoder.bias), (sae.W_dec, decoder.weight), (sae.b_dec, decoder.bias)]
+    for ours, theirs in pairs:
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad.T if ours.ndim == 2 else ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("d_in", "d_sae"), [(4, 12), (6, 3)])
+def test_orthogonal_initialisation(d_in: int, d_sae: int):
+    sae = ReluSAE(d_in, d_sae)
+    gram = sae.W_dec.T @ sae.W_dec if d_sae >= d_in else sae.W_dec @ sae.W_dec.T
+    torch.testing.assert_close(gram, torch.eye(min(d_in, d_sae)), atol=1e-5, rtol=0)
+
+
+def test_initial_values_fill_the_range_of_torchs_linear_layers():
+    sae = ReluSAE(100, 400, init_decoder_orthogonal=False, generator=torch.Generator().manual_seed(0))
+    for parameter, bound in [(sae.W_enc, 0.1), (sae.b_enc, 0.1), (sae.W_dec, 0.05), (sae.b_dec, 0.05)]:
+        assert 0.95 * bound < parameter.abs().max() <= bound
+        assert parameter.mean().abs() < 0.2 * bound
+
+
+def test_the_same_generator_gives_the_same_sae_and_leaves_the_global_one_alone():
+    before = torch.get_rng_state()
+    one, two = (ReluSAE(3, 5, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_legacy_views_share_storage():
+    sae = hand_made()
+    views = [sae.encoder[0].weight, sae.encoder[0].bias, sae.decoder.weight, sae.decoder.bias]
+    parameters = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
+    for view, parameter in zip(views, parameters, strict=True):
+        assert view.data_ptr() == parameter.data_ptr()
+    assert sae.encoder[0].weight.shape == (3, 2)
+    assert sae.decoder.weight.shape == (2, 3)
+    with torch.no_grad():
+        sae.decoder.weight[0, 1] = 7.0
+    assert sae.W_dec[1, 0] == 7.0
+    x = torch.tensor([[1.0, 1.0]])
+    torch.testing.assert_close(sae.encoder(x), sae.encode(x))
+    torch.testing.assert_close(sae.encoder[1](sae.encoder[0](x)), sae.encode(x))
+    assert len(sae.encoder) == 2
+    assert (sae.input_size, sae.n_dict_components) == (2, 3)
+
+
+def test_any_leading_axes_work():
+    sae = hand_made()
+    x = torch.randn(2, 3, 4, 2)
+    recon, latents = sae(x)
+    assert recon.shape == x.shape
+    assert latents.shape == (2, 3, 4, 3)
+    torch.testing.assert_close(recon[1, 2, 3], sae(x[1, 2, 3])[0])
+
+
+def test_a_size_of_zero_is_refused():
+    with pytest.raises(ValueError, match="needs d_in >= 1 and d_sae >= 1: got d_in=4, d_sae=0"):
+        ReluSAE(4, 0)
+
+
+def test_every_architecture_is_registered_under_its_name():
+    assert all(cls.architecture == name for name, cls in ARCHITECTURES.items())
