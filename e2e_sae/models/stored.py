@@ -1,0 +1,132 @@
+"""From what a checkpoint holds to what runs: SAEs with the stored parameters, and where the model comes from."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from e2e_sae.acts import Position
+from e2e_sae.checkpoint.records import StoredModel, StoredRun, StoredSAE
+from e2e_sae.errors import CheckpointError
+from e2e_sae.hooks import resolve_hook_names
+from e2e_sae.models.lm import model_facts
+from e2e_sae.models.lm_config import LMConfig
+from e2e_sae.saes import ARCHITECTURES, SAE
+
+
+def build_sae(stored: StoredSAE) -> SAE:
+    """Returns an SAE with the stored parameters, copied.
+
+    Raises:
+        CheckpointError: the architecture is not known here.
+    """
+    info = stored.info
+    if info.architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"unknown SAE architecture '{info.architecture}': this version knows {sorted(ARCHITECTURES)}"
+        )
+    # Fast where it is at once overwritten: no orthogonal initialisation.
+    generator = torch.Generator().manual_seed(0)
+    sae = ARCHITECTURES[info.architecture](info.d_in, info.d_sae, init_decoder_orthogonal=False, generator=generator)
+    copy_parameters(sae, stored)
+    return sae
+
+
+@torch.no_grad()
+def copy_parameters(sae: SAE, stored: StoredSAE, source: Path | None = None) -> None:
+    """Copies stored tensors into an SAE's own, allocated parameters.
+
+    (Used where they lie, memory-mapped tensors' alignment can change last bits.)
+
+    Args:
+        sae: receives them.
+        stored: has them.
+        source: the file or folder they came from, for the message.
+
+    Raises:
+        CheckpointError: a shape differs.
+    """
+    what = f"the SAE at {stored.info.write}" + (f" in '{source}'" if source else "")
+    if stored.info.d_in != sae.d_in:
+        raise CheckpointError(
+            f"{what} has width {stored.info.d_in}, this model's activation there {sae.d_in}: it was trained on "
+            "another model"
+        )
+    if stored.info.d_sae != sae.d_sae:
+        raise CheckpointError(
+            f"{what} has {stored.info.d_sae} latents, this run's {sae.d_sae}: set saes.dict_size_to_input_ratio to "
+            f"{stored.info.d_sae / stored.info.d_in:g}"
+        )
+    sae.to(stored.tensors["W_enc"].dtype if stored.tensors["W_enc"].dtype == torch.float64 else sae.dtype)
+    for name, parameter in sae.named_parameters():
+        tensor = stored.tensors[name]
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(f"{what} has {name} {list(tensor.shape)}, expected {list(parameter.shape)}")
+        parameter.copy_(tensor)
+
+
+def check_same_model(run: StoredRun, model: nn.Module) -> None:
+    """Checks, as far as a checkpoint says, that a run's SAEs belong to this model.
+
+    Raises:
+        CheckpointError: width or depth differ.
+    """
+    if run.model is None:
+        return
+    facts = model_facts(model)
+    stored, given = (run.model.d_model, run.model.n_layers), (facts.d_model, facts.n_layers)
+    if stored != given:
+        raise CheckpointError(
+            f"'{run.source}' belongs to another model, '{run.model.name or run.model.path}' with d_model={stored[0]}, "
+            f"n_layers={stored[1]}: this one has d_model={given[0]}, n_layers={given[1]}"
+        )
+
+
+def lm_config_of(run: StoredRun) -> LMConfig:
+    """Returns which language model a run belongs to.
+
+    Raises:
+        CheckpointError: neither checkpoint nor config says.
+        UserError: it is a local one that is no longer there.
+    """
+    if run.model is not None:
+        return _recorded(run.model)
+    name, path = run.config.get("tlens_model_name"), run.config.get("tlens_model_path")
+    if not name and not path:
+        raise CheckpointError(f"'{run.source}' does not say which language model it belongs to: pass model=...")
+    # Relative paths in a legacy config start from the run's folder.
+    return LMConfig.from_dict({"tlens_model_name": name, "tlens_model_path": path}, base_dir=run.source.parent)
+
+
+def _recorded(model: StoredModel) -> LMConfig:
+    values: dict[str, Any] = {
+        "tlens_model_name": model.name,
+        "tlens_model_path": model.path,
+        "revision": model.revision,
+        "checkpoint_value": model.checkpoint,
+        "dtype": model.dtype,
+    }
+    if model.processing is not None:
+        values["processing"] = model.processing.to_dict()
+    return LMConfig.from_dict(values)
+
+
+def positions_of(run: StoredRun, model: nn.Module) -> list[Position]:
+    """Returns the positions of a run's SAEs on a model, in the model's order.
+
+    Raises:
+        CheckpointError: the run's config lists a position that has no SAE.
+    """
+    saes = run.config.get("saes")
+    if run.model is not None or not saes:
+        return [stored.info.position for stored in run.saes.values()]
+    # A legacy file stores patterns; its SAEs are in the order in which the model resolves them.
+    patterns = saes.get("sae_positions", list(run.saes))
+    names = resolve_hook_names(model, [patterns] if isinstance(patterns, str) else list(patterns))
+    missing = [name for name in names if name not in run.saes]
+    if missing:
+        raise CheckpointError(
+            f"'{run.source}' has no SAE at {missing}, which its config lists; it has {list(run.saes)}"
+        )
+    return [run.saes[name].info.position for name in names]
