@@ -1,0 +1,118 @@
+"""What every checkpoint format is read into: configs and named tensors, nothing that runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from e2e_sae.acts import Position
+from e2e_sae.base_config import BaseConfig
+from e2e_sae.models.lm_config import ProcessingConfig
+
+FORMAT_VERSION = 1
+
+
+class StoredModel(BaseConfig):
+    """The language model that SAEs were trained on, exactly enough to load it again."""
+
+    name: str | None = None
+    """Name on the hub."""
+    path: str | None = None
+    """Local folder or `.pt`, absolute."""
+    revision: str | None = None
+    """Git revision on the hub."""
+    checkpoint: NonNegativeInt | None = None
+    """Training step."""
+    model_class: str
+    """`hooked` or `bridge`."""
+    processing: ProcessingConfig | None
+    """Weight processing; None for a model used as stored."""
+    dtype: str
+    """Type of the frozen model."""
+    d_model: PositiveInt
+    """Width of the residual stream."""
+    n_layers: PositiveInt
+    """Blocks."""
+    d_vocab: PositiveInt
+    """Vocabulary."""
+
+
+class StoredSAEInfo(BaseConfig):
+    """One SAE, without its tensors."""
+
+    architecture: str
+    """Name in `saes.ARCHITECTURES`."""
+    read: str
+    """Hook point it reads."""
+    write: str
+    """Hook point it writes."""
+    d_in: PositiveInt
+    """Width of the activation."""
+    d_sae: PositiveInt
+    """Number of latents."""
+    subtract_pre_encoder_bias: bool = False
+    """Whether b_dec is subtracted before encoding."""
+    decoder_norm: str = "in_forward"
+    """`in_forward`: rows of W_dec are divided by their L2 norm in every forward pass."""
+    input_normalisation: str = "none"
+    """What is done to the activation before encoding."""
+    dtype: str = "float32"
+    """Type of the parameters."""
+    run_state: dict[str, float] = {}
+    """Scalars that inference needs besides the tensors (thresholds)."""
+
+    @property
+    def position(self) -> Position:
+        """Where it sits."""
+        return Position(self.read, self.write)
+
+
+class CheckpointInfo(BaseConfig):
+    """`checkpoint.json`: everything needed to use the tensors beside it."""
+
+    format_version: int = FORMAT_VERSION
+    """Raised when a reader of an older version would misread."""
+    library_version: str
+    """Version of this package that wrote it."""
+    n_samples: NonNegativeInt
+    """Sequences trained on."""
+    n_steps: NonNegativeInt
+    """Optimizer steps made."""
+    model: StoredModel
+    """The language model."""
+    saes: dict[str, StoredSAEInfo]
+    """By position name."""
+    firing_data: str
+    """What `firing.safetensors` counts on."""
+    firing_n_tokens: NonNegativeInt
+    """Tokens it counts over."""
+    files: dict[str, dict[str, int]]
+    """Size and CRC-32 of each file of the folder."""
+
+
+@dataclass(frozen=True)
+class StoredSAE:
+    """One SAE as read from any format."""
+
+    info: StoredSAEInfo
+    """What it is."""
+    tensors: dict[str, Tensor]
+    """W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]."""
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A trained run as read from any format."""
+
+    source: Path
+    """The file or folder it came from."""
+    saes: dict[str, StoredSAE]
+    """By position name, in the model's order."""
+    model: StoredModel | None
+    """None where the format does not say."""
+    config: dict[str, Any]
+    """`final_config.yaml` as it stands; empty where there is none."""
+    n_samples: int | None
+    """Sequences trained on, where known."""

@@ -1,0 +1,192 @@
+"""One independent set of SAEs in training: its losses, optimizer, statistics, run folder and trackers.
+
+Several members can train on one clean pass; each ends where it would have ended alone.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import e2e_sae
+from e2e_sae.acts import Mean, Pass
+from e2e_sae.checkpoint.records import CheckpointInfo, StoredModel, StoredSAEInfo
+from e2e_sae.checkpoint.run_dir import RunDir
+from e2e_sae.config import Config
+from e2e_sae.errors import RunFailed
+from e2e_sae.evaluate import Measurements, clean_names
+from e2e_sae.losses import calc_loss
+from e2e_sae.metrics import FiringWindow
+from e2e_sae.models.runner import run_local, run_spliced
+from e2e_sae.models.sae_transformer import SAETransformer
+from e2e_sae.optim import Schedule
+from e2e_sae.trackers import Tracker
+
+
+class BatchResult(NamedTuple):
+    """What a batch gave, before the optimizer step."""
+
+    clean: Pass
+    """The clean pass."""
+    spliced: Pass
+    """The spliced pass."""
+    total: Float[Tensor, ""]
+    """The weighted loss, undivided by accumulation; detached."""
+    values: dict[str, Mean]
+    """Unweighted losses by log name."""
+
+
+class Member:
+    """SAEs and everything that belongs to their training alone."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: SAETransformer,
+        schedule: Schedule,
+        run_dir: RunDir | None,
+        stored_model: StoredModel,
+    ):
+        self.config = config
+        self.model = model
+        self.run_dir = run_dir
+        """None: nothing is written."""
+        self.trackers: list[Tracker] = []
+        self.lines: list[dict[str, Any]] = []
+        """What was logged, where there is no run folder to read it from."""
+        self._schedule = schedule
+        self._stored_model = stored_model
+        self._parameters = [p for p in model.saes.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.Adam(self._parameters, lr=config.lr)
+        self._terms = config.loss.terms
+        self._saes = model.saes_at()
+        in_to_orig = config.loss.in_to_orig
+        self._downstream_names = list(in_to_orig.hook_positions) if in_to_orig else []
+        self.window = FiringWindow(
+            {position.name: sae.d_sae for position, sae in self._saes.items()},
+            every_n_samples=config.collect_act_frequency_every_n_samples,
+            n_tokens=config.act_frequency_n_tokens,
+        )
+        self.wants_logits = not config.is_local
+        """Whether its loss needs the model to run to the end."""
+
+    @property
+    def clean_names(self) -> list[str]:
+        """Hook points that it needs from the clean pass."""
+        return clean_names(self._saes, self._downstream_names)
+
+    def lr_at(self, step: int) -> float:
+        """Returns the learning rate of the optimizer step with this number, counted from 0."""
+        return self.config.lr * self._schedule.factor(step)
+
+    def backward(self, clean: Pass, weight: float, step: int) -> BatchResult:
+        """Runs the spliced pass of a batch and adds `weight` times its loss's gradient.
+
+        Args:
+            clean: holds the activations at `clean_names`, and logits if they are wanted.
+            weight: the batch's share of the step's counted tokens.
+            step: for the message.
+
+        Raises:
+            RunFailed: the loss is not finite; no optimizer step has been made.
+        """
+        if self.wants_logits:
+            spliced = run_spliced(self.model.tlens_model, clean.batch, self._saes, self._downstream_names)
+        else:
+            spliced = run_local(clean, self._saes)
+        total, values = calc_loss(self._terms, clean, spliced)
+        if not torch.isfinite(total):  # waits for the device
+            broken = [f"'{key}' is {mean.value.item()}" for key, mean in values.items() if not mean.value.isfinite()]
+            self._fail(step, f"loss term {', '.join(broken) or 'total is ' + str(total.item())}")
+        (total * weight).backward()
+        return BatchResult(clean, spliced, total.detach(), values)
+
+    def step(self, step: int) -> float:
+        """Makes an optimizer step and returns the gradient's norm before clipping.
+
+        Raises:
+            RunFailed: the gradient is not finite; the step has not been made.
+        """
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self._fail(step, f"the gradient's norm is {norm.item()}")
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr_at(step)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def measure(self, result: BatchResult) -> dict[str, float]:
+        """Returns the training metrics of one batch by log key; changes nothing."""
+        measurements = Measurements("train", self._terms, [position.name for position in self._saes])
+        with torch.no_grad():
+            measurements.update(result.clean, result.spliced, result.values)
+            if result.clean.logits is not None:
+                measurements.update_ablated(self.model.tlens_model, result.clean, self.model.positions)
+        return {"loss": result.total.item(), **measurements.compute()}
+
+    def save(self, n_samples: int, n_steps: int, loop_state: dict[str, Any]) -> None:
+        """Writes a checkpoint into the run folder, if there is one."""
+        if self.run_dir is None:
+            return
+        infos: dict[str, StoredSAEInfo] = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for position, sae in self._saes.items():
+            if not all(parameter.isfinite().all() for parameter in sae.parameters()):
+                self._fail(n_steps, f"the SAE at {position.name} is not finite any more")
+            infos[position.name] = StoredSAEInfo(
+                architecture=sae.architecture,
+                read=position.read,
+                write=position.write,
+                d_in=sae.d_in,
+                d_sae=sae.d_sae,
+                dtype=str(sae.dtype).removeprefix("torch."),
+            )
+            tensors[position.name] = dict(sae.named_parameters())
+        counts = self.window.latest
+        info = CheckpointInfo(
+            library_version=e2e_sae.__version__,
+            n_samples=n_samples,
+            n_steps=n_steps,
+            model=self._stored_model,
+            saes=infos,
+            firing_data="training data: the newest whole window, or the one under way",
+            firing_n_tokens=counts.n_tokens,
+            files={},
+        )
+        path = self.run_dir.save(info, tensors, counts.counts, {**loop_state, **self.state()})
+        for tracker in self.trackers:
+            tracker.save(path)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what an exact continuation needs besides the SAEs' parameters."""
+        return {"optimizer": self._optimizer.state_dict(), "window": self.window.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from `state`."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.window.load_state(state["window"])
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Hands a line to every tracker."""
+        if self.run_dir is None:
+            self.lines.append(line)
+        for tracker in self.trackers:
+            tracker.log(line)
+
+    def close(self) -> None:
+        """Closes the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _fail(self, step: int, what: str) -> None:
+        saved = self.run_dir.checkpoints()[:1] if self.run_dir else []
+        kept = f"the last checkpoint is {saved[0]}" if saved else "no checkpoint had been saved"
+        raise RunFailed(
+            f"{what} at step {step + 1}: stopped before that optimizer step; {kept}. "
+            "Try a lower lr, a warm-up, or max_grad_norm"
+        )
