@@ -1,0 +1,109 @@
+"""The `e2e-sae` command: parses arguments, calls the library, prints. `e2e-sae --help` lists the subcommands.
+
+Nothing heavy is imported before the arguments are parsed, so that help and mistakes answer at once.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from e2e_sae import __version__
+from e2e_sae.errors import UserError
+from e2e_sae.log import log_to_console
+from e2e_sae.scripts.exit_codes import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit code (`exit_codes.py`)."""
+    args = build_parser().parse_args(argv)
+    log_to_console()
+    return run_command(lambda: args.run(args), debug=args.debug)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; each subcommand carries its function as `run`."""
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    overrides = argparse.ArgumentParser(add_help=False)
+    overrides.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting, e.g. loss.sparsity.coeff=3 (may be repeated)",
+    )
+    parser = argparse.ArgumentParser(prog="e2e-sae", description="End-to-end sparse autoencoders for language models.")
+    parser.add_argument("--version", action="version", version=f"e2e-sae {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", parents=[overrides, debug], help="train SAEs from a YAML config")
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (optional with --resume)")
+    train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate", parents=[overrides, debug], help="evaluate a run folder on its held-out data"
+    )
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder with final_config.yaml")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the metrics to FILE as well")
+    evaluate.set_defaults(run=_evaluate)
+
+    demo = commands.add_parser(
+        "demo", parents=[debug], help="train a local, an e2e and an e2e+ds SAE on the embedded model"
+    )
+    demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: ./out")
+    demo.set_defaults(run=_demo)
+
+    new_config = commands.add_parser("new-config", parents=[debug], help="write a commented minimal config for a model")
+    new_config.add_argument("model", metavar="NAME_OR_FOLDER", help="hub name or Hugging Face folder")
+    new_config.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: standard output")
+    new_config.set_defaults(run=_new_config)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.config is None and args.resume is None:
+        raise UserError("nothing to train: expected a CONFIG file, or --resume RUN_DIR")
+    from e2e_sae.scripts.train_tlens_saes.run_train_tlens_saes import main as train_main
+
+    train_main(args.config, overrides=args.overrides, resume=args.resume)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"cannot write '{args.json}': the folder '{args.json.parent}' does not exist")
+    if args.json is not None and args.json.is_dir():
+        raise UserError(f"cannot write '{args.json}': it is a folder, name a file in it")
+    from e2e_sae.evaluate_run import evaluate_run_dir
+
+    metrics = evaluate_run_dir(args.run_dir, overrides=args.overrides)
+    width = max(map(len, metrics), default=0)
+    for key, value in metrics.items():
+        print(f"{key:<{width}}  {value:.6g}" if isinstance(value, float) else f"{key:<{width}}  {value}")
+    if args.json is not None:
+        # As in metrics.jsonl, what is not finite is null: JSON has no NaN.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        args.json.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from e2e_sae.demo import run_demo
+
+    run_demo(args.out)
+
+
+def _new_config(args: argparse.Namespace) -> None:
+    from e2e_sae.new_config import write_new_config
+
+    text = write_new_config(args.model, args.out)
+    print(f"wrote {args.out}; next: e2e-sae train {args.out}" if args.out is not None else text, end="")
+    if args.out is not None:
+        print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
