@@ -1,0 +1,1 @@
+"""Trains small language models from scratch, for demos and experiments."""
