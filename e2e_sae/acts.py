@@ -97,7 +97,8 @@ class Pass:
         return self.sae_acts[name].input if name in self.sae_acts else self.acts[name]
 
 
-class Mean(NamedTuple):
+@dataclass(frozen=True)
+class Mean:
     """A mean before the division, so that batches, chunks and ranks add up exactly."""
 
     sum: Float[Tensor, ""]

@@ -43,7 +43,8 @@ class Measurements:
             terms: whose explained variances are reported.
             quality_names: hook points of the `quality/` keys.
         """
-        self._m, self._terms = m, terms
+        self._m: Mode = m
+        self._terms = terms
         self._means = RunningMeans()
         self._quality = {name: VarianceExplained() for name in quality_names}
         self._ablated_ce = RunningMeans()

@@ -57,9 +57,7 @@ def training_trouble(lines: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def report_health(
-    lines: Sequence[Mapping[str, Any]], firing: FiringCounts, data: str, run_dir: RunDir | None
-) -> None:
+def report_health(lines: Sequence[Mapping[str, Any]], firing: FiringCounts, data: str, run_dir: RunDir | None) -> None:
     """Prints the summary and writes `summary.json` into the run's folder, if there is one.
 
     Args:

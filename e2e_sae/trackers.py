@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from e2e_sae.checkpoint.files import write_text
-from e2e_sae.errors import UserError
 from e2e_sae.log import logger
 
 
@@ -60,14 +59,12 @@ class WandbTracker:
         load_dotenv(find_dotenv(usecwd=True), override=True)
         self._wandb = wandb
         self._n_errors = 0
+        self._run: Any = None
         entity = os.environ.get("WANDB_ENTITY") or None
         try:
-            self._run: Any = wandb.init(project=project, entity=entity, name=name, config=dict(config))
-        except wandb.Error as error:
-            raise UserError(
-                f"W&B did not start ({str(error).splitlines()[0]}): log in with `wandb login`, set WANDB_MODE=offline, "
-                "or leave wandb_project out"
-            ) from None
+            self._run = wandb.init(project=project, entity=entity, name=name, config=dict(config))
+        except (wandb.Error, OSError) as error:
+            logger.warning(f"W&B could not be started ({error}): the run goes on without it")
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Sends one line; histograms become W&B histograms."""
@@ -83,7 +80,7 @@ class WandbTracker:
 
     def close(self) -> None:
         """Finishes the run and says how many calls failed."""
-        self._try(self._run.finish)
+        self._try(lambda: self._run.finish())
         if self._n_errors:
             logger.warning(f"W&B: {self._n_errors} calls failed; everything is in the run folder")
 
@@ -93,6 +90,8 @@ class WandbTracker:
         return value
 
     def _try(self, call: Any) -> None:
+        if self._run is None:
+            return
         try:
             call()
         except (self._wandb.Error, OSError):

@@ -70,7 +70,7 @@ def test_every_quantity_over_unequal_batches_equals_one_plain_pass(model: SAETra
 def test_recovered_cross_entropy_is_one_for_a_perfect_sae_and_zero_for_one_that_writes_zeros(model: SAETransformer):
     batches = [TokenBatch.of(random_tokens(3, 8))]
     d = model.hook_shapes[PRE][-1]
-    sae = model.saes["blocks-1-hook_resid_pre"]
+    (sae,) = model.saes_at([PRE]).values()
     saved = {name: p.detach().clone() for name, p in sae.named_parameters()}
     eye = torch.eye(d, dtype=torch.float64)
     with torch.no_grad():

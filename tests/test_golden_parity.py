@@ -23,7 +23,7 @@ from e2e_sae.setup import set_up
 from e2e_sae.trackers import read_metrics
 
 CASES = ["local", "e2e", "e2e_ds", "mixed_multi"]
-AMPLIFIED = {"e2e_ds": 1e-2, "mixed_multi": 4e-3}
+AMPLIFIED = {"e2e_ds": 2e-2, "mixed_multi": 4e-3}
 GRADIENTS = {"mixed_multi": 3e-4}
 LEGACY_NAMES = {
     "encoder.0.weight": "W_enc",

@@ -103,7 +103,7 @@ def test_a_rising_loss_is_told() -> None:
 
 def test_the_summary_file_holds_final_counts_and_the_last_evaluation(tmp_path: Path) -> None:
     run_dir = RunDir.create(tmp_path, "run", "")
-    last = {"samples": 8, "grad_updates": 4, "total_tokens": 64, "loss": 1.0, **EVALUATION}
+    last: dict[str, Any] = {"samples": 8, "grad_updates": 4, "total_tokens": 64, "loss": 1.0, **EVALUATION}
     last["sparsity/eval/dict_el_frequency_hist/log10/x"] = {"edges": [0.0], "counts": []}
     with console() as said:
         report_health([{"samples": 2}, last], firing([0, 5, 50], 100), "held-out data", run_dir)

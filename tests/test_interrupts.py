@@ -1,5 +1,6 @@
 import signal
 import threading
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,7 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
 def test_the_handlers_of_before_are_back_afterwards_also_after_an_error() -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(RuntimeError, match="inside"), stop_requests():
-        assert signal.getsignal(signal.SIGTERM) != before[1]
-        raise RuntimeError("inside")
+        _fail_while_signals_are_caught(before)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -46,3 +46,8 @@ def test_another_thread_than_the_main_one_trains_without_signals() -> None:
     thread.join()
     assert not seen[0]
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def _fail_while_signals_are_caught(before: list[Any]) -> None:
+    assert signal.getsignal(signal.SIGTERM) != before[1]
+    raise RuntimeError("inside")

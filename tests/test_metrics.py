@@ -47,7 +47,7 @@ def test_running_means_weigh_batches_by_tokens():
 
 
 def test_output_metrics_by_hand():
-    """One row of two tokens, two ids: clean says (0, 0), spliced (1, 0), each with probability 3/4; the tokens are (1, 0)."""
+    """One row of two tokens, (1, 0), of two ids: clean says (0, 0), spliced (1, 0), each with probability 3/4."""
     sure = torch.tensor([0.75, 0.25]).log()
     clean = torch.stack([sure, sure])[None]
     spliced = torch.stack([sure.flip(0), sure])[None]

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from e2e_sae.errors import CheckpointError
 
-
 UNPICKLING_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip

@@ -272,7 +272,7 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if Path(name).is_dir():
-            raise UserError(f"the folder '{name}' holds no usable tokenizer: expected tokenizer.json in it") from None
+            raise UserError(f"tokenizer '{name}' cannot be loaded: expected tokenizer.json in that folder") from None
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"tokenizer '{name}' cannot be loaded: {reason}") from None
 

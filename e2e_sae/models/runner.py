@@ -120,9 +120,7 @@ def apply_sae(sae: SAE, x: Float[Tensor, "*tokens d_in"]) -> SAEActs:
     return SAEActs(moved, latents, output)
 
 
-def splice_functions(
-    saes: SAEsAt, record: dict[str, SAEActs] | None = None
-) -> list[tuple[str, SpliceFunction]]:
+def splice_functions(saes: SAEsAt, record: dict[str, SAEActs] | None = None) -> list[tuple[str, SpliceFunction]]:
     """Returns the (hook name, function) pairs that put SAEs in, for `splice`.
 
     Args:

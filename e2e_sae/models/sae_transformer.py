@@ -176,7 +176,7 @@ class SAETransformer(nn.Module):
         return spliced.logits, {**spliced.sae_acts, **cached}
 
     @contextmanager
-    def hooks(self, sae_positions: Sequence[str] | Literal["all"] | None = "all") -> Iterator[nn.Module]:
+    def hooks(self, sae_positions: Sequence[str] | Literal["all"] | None = "all") -> Iterator[Any]:
         """Puts the SAEs into `tlens_model` for the length of a `with` block, and yields it.
 
         Any TransformerLens call inside (`run_with_cache`, `generate`, ...) sees the spliced model.

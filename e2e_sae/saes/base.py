@@ -11,7 +11,8 @@ Shapes: d_in width of the activation, d_sae number of latents.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,11 @@ class EncoderView:
     def __init__(self, sae: SAE):
         self._sae = sae
 
-    def __getitem__(self, index: int) -> object:
+    @overload
+    def __getitem__(self, index: Literal[0]) -> LinearView: ...
+    @overload
+    def __getitem__(self, index: Literal[1]) -> Callable[[Tensor], Tensor]: ...
+    def __getitem__(self, index: int) -> LinearView | Callable[[Tensor], Tensor]:
         return (LinearView(self._sae.W_enc.T, self._sae.b_enc), self._sae.activate)[index]
 
     def __len__(self) -> int:

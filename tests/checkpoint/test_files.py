@@ -1,6 +1,7 @@
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,8 @@ def test_a_block_that_fails_leaves_nothing_and_keeps_the_old_folder(tmp_path: Pa
     with new_folder(tmp_path / "made") as folder:
         (folder / "a").write_text("old")
     for error in (ValueError("no"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), new_folder(tmp_path / "made") as folder:
-            (folder / "a").write_text("new")
-            raise error
+        with pytest.raises(type(error)):
+            _fill_and_fail(tmp_path / "made", error)
         assert files_in(tmp_path) == {"made/a": b"old"}
         assert [p.name for p in tmp_path.iterdir()] == ["made"]
 
@@ -90,7 +90,7 @@ def test_a_truncated_tensor_file_is_told(tmp_path: Path) -> None:
 
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     class Payload:
-        def __reduce__(self) -> object:
+        def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "it ran"),)
 
     torch.save({"a": Payload()}, tmp_path / "evil.pt")
@@ -110,3 +110,9 @@ def test_a_fingerprint_is_size_and_crc32(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 17)  # more than one block
     (tmp_path / "x").write_bytes(content)
     assert fingerprint(tmp_path / "x") == {"size": len(content), "crc32": zlib.crc32(content)}
+
+
+def _fill_and_fail(path: Path, error: BaseException) -> None:
+    with new_folder(path) as folder:
+        (folder / "a").write_text("new")
+        raise error

@@ -65,7 +65,18 @@ def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path
 
 @pytest.mark.parametrize(
     "name",
-    ["a/b", "../../up", "blocks.*.hook_[a-c]?", "été 日本", "a:b|c<d>\"e'", "line\nbreak\ttab", "nul\0", ".hidden", ".", ""],
+    [
+        "a/b",
+        "../../up",
+        "blocks.*.hook_[a-c]?",
+        "été 日本",
+        "a:b|c<d>\"e'",
+        "line\nbreak\ttab",
+        "nul\0",
+        ".hidden",
+        ".",
+        "",
+    ],
 )
 def test_any_name_gives_one_folder_inside_save_dir_that_can_be_used(tmp_path: Path, name: str) -> None:
     run_dir = RunDir.create(tmp_path / "out", name, "a: 1\n")
@@ -168,7 +179,7 @@ def test_a_newer_format_is_refused_with_advice(run_dir: RunDir) -> None:
     with pytest.raises(UserError, match="format_version 99.*install a newer one"):
         read_checkpoint_info(path)
     write_json(path / "checkpoint.json", {**values, "n_samples": "many"})
-    with pytest.raises(CheckpointError, match="samples_4' is damaged: n_samples"):
+    with pytest.raises(CheckpointError, match="samples_4' is damaged: .*n_samples"):
         read_checkpoint_info(path)
 
 
@@ -211,7 +222,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_keeps_every_earlier_checkpoint_and_leaves_no_temporary_folder(small_disk: Path) -> None:
     run_dir = RunDir.create(small_disk, "run", "a: 1\n")
     save(run_dir, 2, d_in=200)
-    filling = 0
+    filling, before = 0, files_in(run_dir.path)
     with pytest.raises(Exception, match="(?i)no space left") as caught:  # noqa: PT012
         for filling in range(4, 100, 2):
             before = files_in(run_dir.path)

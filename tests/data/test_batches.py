@@ -217,7 +217,7 @@ def test_the_stdlib_corpus_is_packed_with_a_given_tokenizer():
 
 def problem(path: Path | str, **arguments: Any) -> str:
     limits = {key: arguments.pop(key) for key in ("d_vocab", "max_n_ctx", "tokenizer", "part") if key in arguments}
-    config = DatasetConfig(**({"dataset_name": str(path), "n_ctx": N_CTX} | arguments))
+    config = DatasetConfig.from_dict({"dataset_name": str(path), "n_ctx": N_CTX} | arguments)
     with pytest.raises(UserError) as error:
         list(load_token_batches(config, global_seed=0, **limits).iterate(4))
     assert "\n" not in str(error.value)

@@ -24,7 +24,7 @@ D_VOCAB = 11
 
 
 def settings(**fields: Any) -> LMTrainConfig:
-    return LMTrainConfig(**({"n_epochs": 1, "batch_size": 2, "lr": 1e-2} | fields))
+    return LMTrainConfig.from_dict({"n_epochs": 1, "batch_size": 2, "lr": 1e-2} | fields)
 
 
 def packed(n_tokens: int = 40, n_ctx: int = 4, bos_id: int | None = 0) -> IndexedBatches:

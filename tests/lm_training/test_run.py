@@ -43,7 +43,12 @@ def settings(tmp_path: Path, corpus: Path, **fields: Any) -> dict[str, Any]:
     train = {"n_epochs": 1, "batch_size": 16, "lr": 1e-2, "save_dir": str(tmp_path / "out")}
     train |= fields.pop("train", {})
     data = {"dataset_name": str(corpus), "is_tokenized": False, "n_ctx": 16, "holdout_fraction": 0.2}
-    values = {"name": "tiny", "hf_config": HF_CONFIG, "tokenizer": {"vocab_size": 300}, "train_data": data}
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "hf_config": HF_CONFIG,
+        "tokenizer": {"vocab_size": 300},
+        "train_data": data,
+    }
     values |= {"train": train} | fields
     return {key: value for key, value in values.items() if value is not None}
 

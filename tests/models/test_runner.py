@@ -2,14 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from e2e_sae.acts import Position, TokenBatch
-from e2e_sae.losses import InToOrigLoss, LogitsKLLoss, OutToInLoss, OutToOrigLoss, SparsityLoss, calc_loss
+from e2e_sae.losses import (
+    InToOrigLoss,
+    LogitsKLLoss,
+    LossTerm,
+    OutToInLoss,
+    OutToOrigLoss,
+    SparsityLoss,
+    calc_loss,
+)
 from e2e_sae.models.lm import is_bridge, load_lm
 from e2e_sae.models.lm_config import LMConfig
 from e2e_sae.models.runner import run_ablated, run_clean, run_local, run_spliced
@@ -44,12 +52,12 @@ def n_hooks(model: Any) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_every_gradient_equal_those_of_two_full_passes(family: str, model_of: Callable[[str], Any]):
-    """The twin uses TransformerLens' own hooks, full log-softmaxes and torch's losses, with the formulas written out."""
+    """The twin: TransformerLens' own hooks, full log-softmaxes, the formulas written out."""
     model, tokens = model_of(family), random_tokens(3, 8)
     batch = TokenBatch.of(tokens)
     positions = [Position(name, name) for name in (PRE, "blocks.2.hook_mlp_out")]
     ours, theirs = ({p: sae_of(D_MODEL, i) for i, p in enumerate(positions)} for _ in range(2))
-    terms = [
+    terms: list[LossTerm] = [
         SparsityLoss(coeff=0.7),
         InToOrigLoss(total_coeff=1.3, hook_positions=[POST, PRE]),
         OutToOrigLoss(coeff=0.4),
@@ -118,6 +126,7 @@ def test_an_sae_at_every_kind_of_position_gets_gradients_and_changes_what_follow
     spliced = run_spliced(model, batch, {Position(name, name): sae}, [POST])
     clean = run_clean(model, batch, [name, POST])
     assert spliced.logits is not None
+    assert clean.logits is not None
     assert not torch.allclose(spliced.logits, clean.logits)
     assert not torch.allclose(spliced.acts[POST], clean.acts[POST])
     spliced.logits.square().sum().backward()
@@ -175,7 +184,8 @@ def test_hooks_are_gone_after_an_error_and_the_users_own_hook_stays(model_of: Ca
 
 
 def test_an_unknown_site_is_named(model_of: Callable[[str], Any]):
-    with pytest.raises(KeyError, match="'nowhere' is neither a hook point nor a submodule"), splice(model_of("gpt2"), [("nowhere", lambda x: x)]):  # fmt: skip
+    message = "'nowhere' is neither a hook point nor a submodule"
+    with pytest.raises(KeyError, match=message), splice(model_of("gpt2"), [("nowhere", lambda x: x)]):
         pass
 
 
@@ -239,7 +249,8 @@ def test_ablation_writes_zeros_or_the_mean_over_counted_tokens(masked: bool, mod
     batch = TokenBatch.of(tokens, [int(tokens[0, 0])] if masked else None)
     clean = run_clean(model, batch, [PRE])
     kept = clean.acts[PRE][batch.counted] if batch.counted is not None else clean.acts[PRE].flatten(0, 1)
-    for how, value in [("zero", torch.zeros(D_MODEL, dtype=torch.float64)), ("mean", kept.mean(0))]:
+    values: dict[Literal["zero", "mean"], Tensor] = {"zero": torch.zeros(D_MODEL).double(), "mean": kept.mean(0)}
+    for how, value in values.items():
         with model.hooks(fwd_hooks=[(PRE, lambda x, hook, value=value: value.expand_as(x))]):
             expected = model(tokens, return_type="logits")
         torch.testing.assert_close(run_ablated(model, clean, [Position(PRE, PRE)], how), expected)

@@ -44,9 +44,9 @@ def test_names_keys_and_sizes(model: SAETransformer):
 
 def test_the_seed_decides_and_each_position_has_its_own(lm_of: Callable[[str], Any], model: SAETransformer):
     again = SAETransformer(lm_of("gpt2"), [MLP, PRE], 4.5, seed=0)
-    for key in model.saes:
-        assert torch.equal(model.saes[key].W_enc, again.saes[key].W_enc)
-    first, second = model.saes.values()
+    for position, sae in model.saes_at().items():
+        assert torch.equal(sae.W_enc, again.saes_at()[position].W_enc)
+    first, second = model.saes_at().values()
     assert not torch.equal(first.W_enc, second.W_enc)
 
 
@@ -81,11 +81,12 @@ def test_forward_records_what_the_saes_did_and_what_was_asked_for(model: SAETran
     post = "blocks.2.hook_resid_post"
     logits, acts = model(random_tokens(2, 8), sae_positions=[PRE, MLP], cache_positions=[post])
     assert logits.shape == (2, 8, D_VOCAB)
-    assert isinstance(acts[PRE], SAEActs)
     assert isinstance(acts[post], CacheActs)
-    x, c, output = acts[PRE]
+    sae_acts = acts[PRE]
+    assert isinstance(sae_acts, SAEActs)
+    x, c, output = sae_acts
     torch.testing.assert_close(model.saes["blocks-1-hook_resid_pre"](x)[0], output)
-    assert acts[PRE].c is c
+    assert sae_acts.c is c
     everything, _ = model(random_tokens(2, 8))
     torch.testing.assert_close(everything, logits)
 
@@ -96,7 +97,9 @@ def test_with_clean_activations_the_model_does_not_run(model: SAETransformer):
     logits, acts = model.forward(tokens, [PRE], orig_acts=clean)
     assert logits is None
     assert list(acts) == [PRE]
-    torch.testing.assert_close(acts[PRE].output, model.saes["blocks-1-hook_resid_pre"](clean[PRE])[0])
+    sae_acts = acts[PRE]
+    assert isinstance(sae_acts, SAEActs)
+    torch.testing.assert_close(sae_acts.output, model.saes["blocks-1-hook_resid_pre"](clean[PRE])[0])
 
 
 def test_an_sae_that_is_not_there_is_named(model: SAETransformer):
@@ -141,8 +144,9 @@ def test_generation_is_greedy_argmax_of_the_chosen_model(sae_positions: Any, mod
 
 
 def test_generation_of_text_returns_text_without_the_bos(model: SAETransformer):
-    text = model.generate("ab c", max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
-    ids = model.generate("ab c", max_new_tokens=3, do_sample=False, stop_at_eos=False, return_type="tensor", verbose=False)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    text = model.generate("ab c", **options)
+    ids = model.generate("ab c", return_type="tensor", **options)
     assert isinstance(text, str)
     assert text.startswith("ab c")
     assert isinstance(ids, torch.Tensor)
@@ -209,12 +213,12 @@ def test_loading_says_what_is_wrong(tmp_path: Path, lm_of: Callable[[str], Any])
         SAETransformer.from_local_path(tmp_path / "nowhere")
     with pytest.raises(MissingFileError, match="has no checkpoint: expected samples_<n>"):
         SAETransformer.from_local_path(tmp_path)
-    state = {
-        f"blocks-1-hook_resid_pre.{name}": torch.zeros(shape)
-        for name, shape in [("encoder.0.weight", (8, 3)), ("encoder.0.bias", (8,)), ("decoder.weight", (3, 8)), ("decoder.bias", (3,))]  # fmt: skip
-    }
+    key = "blocks-1-hook_resid_pre"
+    shapes = {"encoder.0.weight": (8, 3), "encoder.0.bias": (8,), "decoder.weight": (3, 8), "decoder.bias": (3,)}
+    state = {f"{key}.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     torch.save(state, tmp_path / "samples_7.pt")
     with pytest.raises(CheckpointError, match="does not say which language model it belongs to: pass model="):
         SAETransformer.from_local_path(tmp_path)
-    with pytest.raises(CheckpointError, match=f"has width 3, this model's activation there {D_MODEL}: it was trained on another model"):  # fmt: skip
+    message = f"has width 3, this model's activation there {D_MODEL}: it was trained on another model"
+    with pytest.raises(CheckpointError, match=message):
         SAETransformer.from_local_path(tmp_path, model=lm_of("gpt2"))

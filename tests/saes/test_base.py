@@ -62,7 +62,12 @@ def test_gradients_equal_those_of_the_paper_librarys_layers():
     columns = decoder.weight / decoder.weight.norm(dim=0, keepdim=True)
     twin_recon = twin_latents @ columns.T + decoder.bias
     (3 * twin_recon.square().sum() + twin_latents.sum()).backward()
-    pairs = [(sae.W_enc, encoder.weight), (sae.b_enc, encoder.bias), (sae.W_dec, decoder.weight), (sae.b_dec, decoder.bias)]
+    pairs = [
+        (sae.W_enc, encoder.weight),
+        (sae.b_enc, encoder.bias),
+        (sae.W_dec, decoder.weight),
+        (sae.b_dec, decoder.bias),
+    ]
     for ours, theirs in pairs:
         assert ours.grad is not None
         assert theirs.grad is not None
