@@ -74,7 +74,10 @@ def save_hf_model(folder: Path, model: Any, tokenizer: Any, config: LMConfig, *,
     shutil.rmtree(partial, ignore_errors=True)
     dtype = config.train.save_dtype
     torch_dtype = getattr(torch, dtype)
-    state = {name: tensor.detach().to(torch_dtype) for name, tensor in model.state_dict().items()}
+    # Tied weights are one tensor under two names, and must stay one to be stored once.
+    original = model.state_dict()
+    converted = {tensor.data_ptr(): tensor.detach().to(torch_dtype) for tensor in original.values()}
+    state = {name: converted[tensor.data_ptr()] for name, tensor in original.items()}
     with quietly():
         model.save_pretrained(partial, state_dict=state)
     _update_json(partial / "config.json", {"dtype": dtype})

@@ -115,10 +115,11 @@ def make_lm(config: LMConfig, train_data: DatasetConfig) -> TrainableLM:
 
 def _make_tlens_lm(seed: int, tlens_config: dict[str, Any], train_data: DatasetConfig) -> TrainableLM:
     from e2e_sae.models.lm_custom import build_custom_lm
-    from e2e_sae.models.tlens import resolve_model_class
+    from e2e_sae.models.tlens import quietly, resolve_model_class
 
     torch.manual_seed(seed_for(seed, "lm_init"))
-    model = build_custom_lm(tlens_config, resolve_model_class("auto"))
+    with quietly():
+        model = build_custom_lm(tlens_config, resolve_model_class("auto"))
     name = tlens_config.get("tokenizer_name")
     needs_one = not train_data.is_tokenized and train_data.tokenizer_name is None
     tokenizer = load_tokenizer(str(name)) if needs_one and name is not None else None
