@@ -140,7 +140,7 @@ def evaluate(
     model.saes.eval()
     try:
         n_seen = 0
-        for batch in progress_bar(batches, total=n_batches, desc="evaluating", leave=False):
+        for batch in progress_bar(batches, total=n_batches, desc="evaluating", inner=True):
             clean = run_clean(lm, batch, clean_names(saes, names))
             spliced = run_spliced(lm, batch, saes, names)
             values = {key: mean for term in terms for key, mean in term.values(clean, spliced).items()}

@@ -2,8 +2,19 @@
 
 import logging
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("e2e_sae")
+
+
+class _AboveBars(logging.StreamHandler[TextIO]):
+    """Prints a line above the progress bars that are on the screen, not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # later than the parsing of a command line
+
+        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
 
 
 def log_to_console(level: int = logging.INFO) -> None:
@@ -11,10 +22,10 @@ def log_to_console(level: int = logging.INFO) -> None:
 
     Calling it again replaces the handlers, so that a notebook which runs two trainings prints once.
     """
-    out = logging.StreamHandler(sys.stdout)
+    out = _AboveBars(sys.stdout)
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     out.setFormatter(logging.Formatter("%(message)s"))
-    err = logging.StreamHandler(sys.stderr)
+    err = _AboveBars(sys.stderr)
     err.setLevel(logging.WARNING)
     err.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger.handlers = [out, err]
