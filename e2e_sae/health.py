@@ -28,14 +28,17 @@ class SAEHealth(NamedTuple):
     """Active at more than `DENSE_FREQUENCY` of the tokens."""
     l0: float
     """Mean number of active latents per token."""
+    dense_share: float = 0.0
+    """Share of all activity (active latents, summed over tokens) that is in dense latents."""
 
 
 def sae_health(firing: FiringCounts, name: str) -> SAEHealth:
     """Returns the counts for one SAE."""
     frequencies = firing.frequencies(name)
-    n_dense = int((frequencies > DENSE_FREQUENCY).sum())
-    d_sae = len(frequencies)
-    return SAEHealth(d_sae, d_sae - firing.n_alive(name), n_dense, float(frequencies.sum()))
+    dense = frequencies > DENSE_FREQUENCY
+    d_sae, l0 = len(frequencies), float(frequencies.sum())
+    dense_share = float(frequencies[dense].sum()) / l0 if l0 else 0.0
+    return SAEHealth(d_sae, d_sae - firing.n_alive(name), int(dense.sum()), l0, dense_share)
 
 
 def training_trouble(lines: Sequence[Mapping[str, Any]]) -> str | None:
@@ -108,8 +111,10 @@ def _latent_comments(sae: SAEHealth) -> list[str]:
         comments.append("more than half are dead: lower the sparsity coefficient, or use a smaller dictionary")
     if sae.l0 > sae.d_sae / 4:
         comments.append("not sparse yet: train longer, or raise the sparsity coefficient")
-    elif sae.n_dense > sae.l0 / 2:
-        comments.append("most of the activity is in dense latents, which say little about single tokens")
+    elif sae.dense_share > 0.5:
+        comments.append(
+            f"{sae.dense_share:.0%} of the activity is in dense latents, which say little about single tokens"
+        )
     if sae.l0 < 1:
         comments.append("fewer than one latent per token: the sparsity coefficient is too high")
     return comments

@@ -214,6 +214,8 @@ class Trainer:
 
     def _bar(self) -> Any:
         total = None if self.n_groups is None else self.n_groups * self.config.samples_per_step
+        if total is not None and self.train_batches.n_samples is not None:
+            total = min(total, self.train_batches.n_samples)  # the last batch may be short
         return progress_bar(total=total, initial=self.state.n_samples, desc="training", unit="sample")
 
 

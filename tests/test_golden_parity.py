@@ -23,7 +23,7 @@ from e2e_sae.setup import set_up
 from e2e_sae.trackers import read_metrics
 
 CASES = ["local", "e2e", "e2e_ds", "mixed_multi"]
-AMPLIFIED = {"e2e_ds": 2e-2, "mixed_multi": 4e-3}
+AMPLIFIED = {"e2e_ds": 3e-2, "mixed_multi": 1e-2}
 GRADIENTS = {"mixed_multi": 3e-4}
 LEGACY_NAMES = {
     "encoder.0.weight": "W_enc",
@@ -61,8 +61,16 @@ def golden(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_close(ours: float, theirs: float, key: str, relative: float) -> None:
-    # Accuracies and agreements step by one token of 384; explained variances are differences of numbers near one.
-    absolute = 6 / 384 if "top1" in key else relative * (1 if "explained_variance" in key else 1e-3)
+    absolute = relative * 1e-3
+    if "explained_variance" in key:
+        absolute = relative  # a difference of numbers near one
+    if "top1" in key:
+        # Steps of one token of 384; three may flip, and one in twenty once rounding is amplified.
+        absolute = 3 / 384 if relative <= 1e-3 else 0.05
+    if key.startswith("grad_norm"):
+        relative *= 1 if relative <= 1e-3 else 5  # the most sensitive number of all
+    if key.startswith("lr"):
+        relative, absolute = 1e-9, 1e-12
     assert ours == pytest.approx(theirs, rel=relative, abs=absolute), key
 
 
@@ -79,8 +87,6 @@ def test_the_command_line_reproduces_log_and_evaluation(case: str, golden: Path,
         amplified = AMPLIFIED.get(case, 1e-3) if n_batches > 4 else 1e-3
         for key, value in expected["train_log"][n_batches - 1].items():
             relative = 1e-5 if n_batches == 1 and key.startswith("loss") else amplified
-            # The norm of a gradient is the most sensitive quantity of all.
-            relative = 6e-2 if key == "grad_norm" and amplified > 1e-3 else relative
             assert_close(line[key], value, f"{key} at {line['samples']}", relative)
     for key, value in expected["eval"].items():
         assert_close(lines[-1][key], value, key, AMPLIFIED.get(case, 1e-3))

@@ -36,6 +36,7 @@ def test_dead_dense_and_l0_are_counted_by_hand() -> None:
     health = sae_health(firing([0, 0, 10, 11, 50], 100), SAE)
     assert (health.d_sae, health.n_dead, health.n_dense) == (5, 2, 2)
     assert health.l0 == pytest.approx(0.71)
+    assert health.dense_share == pytest.approx(61 / 71)
 
 
 def test_the_summary_says_how_many_latents_are_dead_and_dense() -> None:
@@ -50,7 +51,10 @@ def test_the_summary_says_how_many_latents_are_dead_and_dense() -> None:
     [
         (SAEHealth(d_sae=100, n_dead=51, n_dense=0, l0=5.0), "more than half are dead"),
         (SAEHealth(d_sae=100, n_dead=0, n_dense=0, l0=26.0), "not sparse yet"),
-        (SAEHealth(d_sae=100, n_dead=0, n_dense=6, l0=10.0), "most of the activity is in dense latents"),
+        (
+            SAEHealth(d_sae=100, n_dead=0, n_dense=6, l0=10.0, dense_share=0.6),
+            "60% of the activity is in dense latents",
+        ),
         (SAEHealth(d_sae=100, n_dead=0, n_dense=0, l0=0.5), "fewer than one latent per token"),
     ],
 )
