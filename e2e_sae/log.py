@@ -2,19 +2,23 @@
 
 import logging
 import sys
-from typing import TextIO
+from typing import Literal
 
 logger = logging.getLogger("e2e_sae")
 
 
-class _AboveBars(logging.StreamHandler[TextIO]):
+class _AboveBars(logging.Handler):
     """Prints a line above the progress bars that are on the screen, not into them."""
+
+    def __init__(self, stream_name: Literal["stdout", "stderr"]):
+        super().__init__()
+        self._stream_name = stream_name
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm  # later than the parsing of a command line
 
-        tqdm.write(self.format(record), file=self.stream)
-        self.flush()
+        # Looked up for each line: a notebook or a test may have put another stream in its place.
+        tqdm.write(self.format(record), file=getattr(sys, self._stream_name))
 
 
 def log_to_console(level: int = logging.INFO) -> None:
@@ -22,10 +26,10 @@ def log_to_console(level: int = logging.INFO) -> None:
 
     Calling it again replaces the handlers, so that a notebook which runs two trainings prints once.
     """
-    out = _AboveBars(sys.stdout)
+    out = _AboveBars("stdout")
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     out.setFormatter(logging.Formatter("%(message)s"))
-    err = _AboveBars(sys.stderr)
+    err = _AboveBars("stderr")
     err.setLevel(logging.WARNING)
     err.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger.handlers = [out, err]
