@@ -2,12 +2,12 @@
 
 One hook point has several names on a `TransformerBridge` (`blocks.2.hook_in` is `blocks.2.hook_resid_pre`).
 Everything here returns the name that `HookedTransformer` uses, so that a checkpoint fits both classes.
-Nothing here changes an activation: that is `models/splicing.py`.
+What is put there is `models/splicing.py`'s business.
 """
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -112,6 +112,22 @@ def usable_hook_names(model: Any) -> list[str]:
     return sorted(hook_shapes(model, common), key=_rank)
 
 
+@contextmanager
+def at_hook_point(point: Any, function: Callable[[Any], Any]) -> Iterator[None]:
+    """Sends the activation at a hook point through `function` while the block is open; None leaves it as it is.
+
+    Through TransformerLens, not through torch: a bridge reshapes q, k, v and z for its own hooks only.
+    """
+    # Permanent, because TransformerLens' own calls reset the others; this block removes it.
+    point.add_hook(lambda activation, hook: function(activation), is_permanent=True)
+    handle = point.fwd_hooks[-1]
+    try:
+        yield
+    finally:
+        handle.hook.remove()
+        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+
 def hook_shapes(model: Any, hook_names: Iterable[str], n_tokens: int = 2) -> dict[str, tuple[int, ...]]:
     """Returns the shape of the activation at each named point, for one sequence of `n_tokens` with id 0.
 
@@ -123,7 +139,7 @@ def hook_shapes(model: Any, hook_names: Iterable[str], n_tokens: int = 2) -> dic
     points = model.hook_dict
     with ExitStack() as stack, torch.no_grad():
         for name in dict.fromkeys(hook_names):
-            stack.enter_context(_noting_shape(points[name], name, shapes))
+            stack.enter_context(at_hook_point(points[name], _note_shape(name, shapes)))
         model(torch.zeros((1, n_tokens), dtype=torch.long, device=_device_of(model)), return_type="logits")
     return shapes
 
@@ -217,19 +233,11 @@ def _rank(hook_name: str) -> tuple[int, int, str]:
     return int(match[1]), place, hook_name
 
 
-@contextmanager
-def _noting_shape(point: Any, name: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[None]:
-    # Through TransformerLens, not through torch: a bridge reshapes q, k, v and z for its own hooks only.
-    def note(activation: Any, hook: Any) -> None:
+def _note_shape(name: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[Any], None]:
+    def note(activation: Any) -> None:
         shapes[name] = tuple(activation.shape)
 
-    point.add_hook(note)
-    handle = point.fwd_hooks[-1]
-    try:
-        yield
-    finally:
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+    return note
 
 
 def _device_of(model: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from e2e_sae.hooks import block_of, is_skip_bypassed
+from e2e_sae.hooks import at_hook_point, block_of, is_skip_bypassed
 
 SpliceFunction = Callable[[Tensor], Tensor | None]
 """Gets the activation; what it returns replaces it, None leaves it as it is."""
@@ -37,24 +37,12 @@ def splice(root: nn.Module, functions: Iterable[tuple[str, SpliceFunction]]) -> 
             if site in points and is_skip_bypassed(root, site):
                 stack.enter_context(_beside_skip(root, site, points[site], function))
             elif site in points:
-                stack.enter_context(_at_hook_point(points[site], function))
+                stack.enter_context(at_hook_point(points[site], function))
             elif site in modules:
                 stack.enter_context(_at_module(modules[site], function))
             else:
                 raise KeyError(f"'{site}' is neither a hook point nor a submodule of {type(root).__name__}")
         yield
-
-
-@contextmanager
-def _at_hook_point(point: Any, function: SpliceFunction) -> Iterator[None]:
-    # Permanent, because TransformerLens' own calls reset the others; this block removes it.
-    point.add_hook(lambda activation, hook: function(activation), is_permanent=True)
-    handle = point.fwd_hooks[-1]
-    try:
-        yield
-    finally:
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
 
 @contextmanager
@@ -71,7 +59,7 @@ def _beside_skip(root: Any, site: str, point: Any, function: SpliceFunction) -> 
         return output + changes.pop() if changes else None
 
     block = root.blocks[block_of(site)].original_component
-    with _at_hook_point(point, change), _at_module(block, add):
+    with at_hook_point(point, change), _at_module(block, add):
         yield
 
 
