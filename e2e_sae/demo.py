@@ -4,6 +4,7 @@ Everything is in the repository or in the running Python: the model in `demos/st
 standard library. The three runs differ in their loss alone.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,8 +85,10 @@ def run_demo(out_dir: str | Path = "out", demo_dir: Path | None = None, override
     for row in rows:
         logger.info(f"  {row.kind:7}{row.run_dir}")
     logger.info(LESSON)
-    logger.info(f"next: e2e-sae evaluate '{rows[0].run_dir}'")
-    logger.info(f"      e2e-sae train {demo_dir / RUNS['e2e+ds']} --set n_samples=20000")
+    # As it was called: the environment's commands need not be on the PATH.
+    command = sys.argv[0] if Path(sys.argv[0]).name == "e2e-sae" else "e2e-sae"
+    logger.info(f"next: {command} evaluate '{rows[0].run_dir}'")
+    logger.info(f"      {command} train {demo_dir / RUNS['e2e+ds']} --set n_samples=20000")
     return rows
 
 
