@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from e2e_sae.base_config import apply_overrides, read_yaml
+from e2e_sae.base_config import apply_overrides
 from e2e_sae.checkpoint import load_run
 from e2e_sae.checkpoint.run_dir import CONFIG_FILE
 from e2e_sae.config import Config
@@ -32,10 +32,9 @@ def evaluate_run_dir(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict
     if "saes" in changed:
         raise UserError("evaluate takes the SAEs from the checkpoint: drop --set saes...")
     run = load_run(run_dir)
-    folder = Path(run_dir) if (Path(run_dir) / CONFIG_FILE).is_file() else run.source.parent
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"'{folder}' has no {CONFIG_FILE}: it says which data to evaluate on")
-    config = Config.from_dict(apply_overrides(read_yaml(folder / CONFIG_FILE), overrides), base_dir=folder)
+    if not run.config:
+        raise UserError(f"'{run.source.parent}' has no {CONFIG_FILE}: it says which data to evaluate on")
+    config = Config.from_dict(apply_overrides(run.config, overrides), base_dir=run.source.parent)
     other_model = any(key.startswith("tlens_") or key == "dtype" for key in changed)
     lm = load_lm(config.lm if other_model else lm_config_of(run), config.device)
     model = SAETransformer.from_run(run, lm)

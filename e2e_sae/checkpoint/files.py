@@ -17,12 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from e2e_sae.errors import CheckpointError
+from e2e_sae.errors import CheckpointError, UserError
 
 UNPICKLING_ERRORS = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
 """What `torch.load` was seen to raise for damaged files (found by flipping bytes), besides `UnpicklingError`."""
+
+
+def check_is_free(path: Path) -> None:
+    """Raises a `UserError` if there is anything at `path` but an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"'{path}' is there already: name a new or an empty folder")
 
 
 @contextmanager
@@ -96,6 +102,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is damaged or no safetensors file: {error}") from None
 
 
+def write_pickled(path: Path, value: Any) -> None:
+    """Writes a torch file; not at once.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        # torch reports a failed write without the system's error number; the file system still knows it.
+        with path.with_name("probe").open("wb") as probe:
+            probe.write(b"\0" * (1 << 20))
+            probe.flush()
+        raise OSError(f"'{path}' could not be written: {str(error).splitlines()[0]}") from error
+
+
 def read_pickled_tensors(path: Path) -> Any:
     """Returns what a `.pt` file holds, on the CPU, refusing anything but tensors and plain containers.
 
@@ -113,6 +135,18 @@ def read_pickled_tensors(path: Path) -> Any:
         ) from None
     except UNPICKLING_ERRORS as error:
         raise CheckpointError(f"'{path}' is damaged or no torch file: {_first_line(error)}") from None
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors that a `.pt` file holds by name, on the CPU.
+
+    Raises:
+        CheckpointError: the file is damaged, unsafe, or holds something else.
+    """
+    state = read_pickled_tensors(path)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"'{path}' holds no state dict of SAEs: expected a mapping from names to tensors")
+    return {str(key): tensor for key, tensor in state.items()}
 
 
 def fingerprint(path: Path) -> dict[str, int]:

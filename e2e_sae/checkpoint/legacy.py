@@ -4,57 +4,84 @@ Keys: `<hook name with . as ->.{encoder.0.weight, encoder.0.bias, decoder.weight
 orientation ([out, in]); the decoder is stored as trained, not normalised.
 """
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from e2e_sae.checkpoint.files import read_pickled_tensors
-from e2e_sae.checkpoint.records import StoredSAE, StoredSAEInfo
+from e2e_sae.checkpoint.files import write_pickled
+from e2e_sae.checkpoint.records import StoredSAE, stored_relu_sae
 from e2e_sae.errors import CheckpointError
+from e2e_sae.saes.base import LEGACY_NAMES
 
 _KEY = re.compile(r"^(?P<sae>.+)\.(?P<name>encoder\.0\.weight|encoder\.0\.bias|decoder\.weight|decoder\.bias)$")
-OURS = {
-    "encoder.0.weight": "W_enc",
-    "encoder.0.bias": "b_enc",
-    "decoder.weight": "W_dec",
-    "decoder.bias": "b_dec",
-}
-"""Their parameter names and ours; weights are transposed."""
 
 
-def read_legacy_saes(path: Path) -> dict[str, StoredSAE]:
-    """Returns the SAEs of a `.pt` by position name.
+def legacy_saes(path: Path, state: Mapping[str, Tensor]) -> dict[str, StoredSAE]:
+    """Returns the SAEs of a state dict by position name.
+
+    Args:
+        path: the file it comes from, for the message.
+        state: see `files.read_state_dict`.
 
     Raises:
-        CheckpointError: damaged, unsafe, not such a file, or shapes that do not fit together.
+        CheckpointError: not such a state dict, or shapes that do not fit together.
     """
-    state = read_pickled_tensors(path)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"'{path}' holds no state dict of SAEs: expected a mapping from names to tensors")
     by_sae: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        match = _KEY.match(str(key))
+        match = _KEY.match(key)
         if match is None:
             raise CheckpointError(
                 f"'{path}' holds no SAEs: unexpected key '{key}', expected '<position>.encoder.0.weight' and so on"
             )
-        name = OURS[match["name"]]
-        by_sae.setdefault(match["sae"], {})[name] = tensor.T if tensor.ndim == 2 else tensor
-    return {sae.replace("-", "."): _checked(path, sae.replace("-", "."), tensors) for sae, tensors in by_sae.items()}
+        name = LEGACY_NAMES[match["name"]]
+        by_sae.setdefault(match["sae"].replace("-", "."), {})[name] = tensor.T if tensor.ndim == 2 else tensor
+    for name, tensors in by_sae.items():
+        missing = [theirs for theirs, ours in LEGACY_NAMES.items() if ours not in tensors]
+        if missing:
+            raise CheckpointError(f"'{path}': the SAE at {name} lacks {', '.join(missing)}")
+    return {name: stored_relu_sae(path, name, tensors) for name, tensors in by_sae.items()}
 
 
-def _checked(path: Path, name: str, tensors: dict[str, Tensor]) -> StoredSAE:
-    missing = [theirs for theirs, ours in OURS.items() if ours not in tensors]
-    if missing:
-        raise CheckpointError(f"'{path}': the SAE at {name} lacks {', '.join(missing)}")
-    d_in, d_sae = tensors["W_enc"].shape
-    expected = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    for parameter, shape in expected.items():
-        if tuple(tensors[parameter].shape) != shape:
-            raise CheckpointError(
-                f"'{path}': the SAE at {name} has {parameter} {list(tensors[parameter].shape)}, expected {list(shape)}"
-            )
-    dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
-    info = StoredSAEInfo(architecture="relu", read=name, write=name, d_in=d_in, d_sae=d_sae, dtype=dtype)
-    return StoredSAE(info, tensors)
+def legacy_state_dict(saes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns our parameters under the paper's library's keys, on the CPU, in memory of their own.
+
+    Args:
+        saes: W_enc, b_enc, W_dec and b_dec by position name.
+    """
+    return {
+        f"{name.replace('.', '-')}.{theirs}": _transposed_copy(tensors[ours])
+        for name, tensors in saes.items()
+        for theirs, ours in LEGACY_NAMES.items()
+    }
+
+
+def write_legacy_saes(path: Path, saes: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Writes a `.pt` that the paper's library reads, at once.
+
+    Args:
+        path: `samples_<n>.pt`.
+        saes: W_enc, b_enc, W_dec and b_dec by position name.
+
+    Raises:
+        OSError: the disk is full or cannot be written; nothing is left then.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write_pickled(temporary, legacy_state_dict(saes))
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _transposed_copy(tensor: Tensor) -> Tensor:
+    """Returns the tensor on the CPU, a weight in the other orientation, in memory of its own.
+
+    (A view would be saved with all of the memory it looks at.)
+    """
+    tensor = tensor.detach().cpu()
+    return (tensor.T if tensor.ndim == 2 else tensor).clone(memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from e2e_sae.acts import Position
 from e2e_sae.base_config import BaseConfig
+from e2e_sae.errors import CheckpointError
 from e2e_sae.models.lm_config import ProcessingConfig
 
 FORMAT_VERSION = 1
@@ -100,6 +101,32 @@ class StoredSAE:
     """What it is."""
     tensors: dict[str, Tensor]
     """W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]."""
+
+
+def stored_relu_sae(source: Path, name: str, tensors: dict[str, Tensor]) -> StoredSAE:
+    """Returns an SAE of the paper's kind, made of W_enc, b_enc, W_dec and b_dec from a foreign file.
+
+    Args:
+        source: the file, for the message.
+        name: hook point that it reads and writes.
+        tensors: in our names and orientation.
+
+    Raises:
+        CheckpointError: shapes that do not fit together.
+    """
+    if tensors["W_enc"].ndim != 2:
+        raise CheckpointError(f"'{source}': the SAE at {name} has an encoder weight that is no matrix")
+    d_in, d_sae = tensors["W_enc"].shape
+    expected = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for parameter, shape in expected.items():
+        if tuple(tensors[parameter].shape) != shape:
+            raise CheckpointError(
+                f"'{source}': the SAE at {name} has {parameter} {list(tensors[parameter].shape)}, "
+                f"expected {list(shape)}"
+            )
+    dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
+    info = StoredSAEInfo(architecture="relu", read=name, write=name, d_in=d_in, d_sae=d_sae, dtype=dtype)
+    return StoredSAE(info, tensors)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
     firing.safetensors       how often each latent was active
     resume.pt                optimizer and loop state; kept in the newest two
   summary.json               written when the run is finished
+  wandb_run.json             which W&B run it is, where there is one
 """
 
 import errno
@@ -20,7 +21,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from e2e_sae.base_config import read_yaml
@@ -29,11 +29,14 @@ from e2e_sae.checkpoint.files import (
     new_folder,
     read_json,
     read_pickled_tensors,
+    read_state_dict,
     read_tensors,
     write_json,
+    write_pickled,
     write_tensors,
     write_text,
 )
+from e2e_sae.checkpoint.legacy import legacy_saes
 from e2e_sae.checkpoint.records import FORMAT_VERSION, CheckpointInfo, StoredRun, StoredSAE
 from e2e_sae.errors import CheckpointError, MissingFileError, UserError
 from e2e_sae.saes.base import PARAMETER_NAMES
@@ -41,6 +44,7 @@ from e2e_sae.saes.base import PARAMETER_NAMES
 CONFIG_FILE = "final_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+WANDB_FILE = "wandb_run.json"
 _CHECKPOINT = re.compile(r"^samples_(\d+)$")
 _MAX_NAME_BYTES = 200
 """File systems allow 255; a time stamp follows."""
@@ -118,6 +122,11 @@ class RunDir:
         """`summary.json`; there when the run is finished."""
         return self.path / SUMMARY_FILE
 
+    @property
+    def wandb_file(self) -> Path:
+        """`wandb_run.json`; there when the run has a W&B run."""
+        return self.path / WANDB_FILE
+
     def checkpoints(self) -> list[Path]:
         """Returns the checkpoint folders, newest first."""
         found = [(int(m[1]), p) for p in self.path.iterdir() if p.is_dir() and (m := _CHECKPOINT.match(p.name))]
@@ -146,7 +155,7 @@ class RunDir:
             for name, tensors in saes.items():
                 write_tensors(folder / f"{_key(name)}.safetensors", tensors)
             write_tensors(folder / "firing.safetensors", firing)
-            _write_pickled(folder / "resume.pt", resume_state)
+            write_pickled(folder / "resume.pt", resume_state)
             files = {file.name: fingerprint(file) for file in sorted(folder.iterdir())}
             write_json(folder / "checkpoint.json", info.model_copy(update={"files": files}).to_dict())
         for old in self.checkpoints()[N_RESUMABLE:]:
@@ -191,8 +200,8 @@ def read_checkpoint_info(path: Path, *, check: bool = True) -> CheckpointInfo:
     if not info.saes:
         raise CheckpointError(f"checkpoint '{path}' is damaged: checkpoint.json lists no SAE")
     for name, expected in info.files.items() if check else ():
-        if name == "resume.pt" and not (path / name).exists():
-            continue  # dropped when the checkpoint grew old
+        if not (path / name).exists() and (name == "resume.pt" or _is_elsewhere(path, name)):
+            continue  # dropped when the checkpoint grew old, or its tensors are in the `.pt` beside the folder
         if not (path / name).is_file() or fingerprint(path / name) != expected:
             raise CheckpointError(f"checkpoint '{path}' is damaged: {name} is not what was written")
     return info
@@ -206,8 +215,12 @@ def read_checkpoint(path: Path) -> StoredRun:
     """
     info = read_checkpoint_info(path)
     saes: dict[str, StoredSAE] = {}
+    uploaded, legacy = path.with_suffix(".pt"), dict[str, StoredSAE]()
+    if any(_is_elsewhere(path, file) for file in info.files):
+        legacy = legacy_saes(uploaded, read_state_dict(uploaded))
     for name, sae in info.saes.items():
-        tensors = read_tensors(path / f"{_key(name)}.safetensors")
+        file = path / f"{_key(name)}.safetensors"
+        tensors = legacy[name].tensors if name in legacy and not file.exists() else read_tensors(file)
         missing = [parameter for parameter in PARAMETER_NAMES if parameter not in tensors]
         if missing:
             raise CheckpointError(f"checkpoint '{path}': the SAE at {name} lacks {', '.join(missing)}")
@@ -231,15 +244,10 @@ def read_resume_state(path: Path) -> Any:
     return read_pickled_tensors(path / "resume.pt")
 
 
-def _write_pickled(path: Path, value: Any) -> None:
-    try:
-        torch.save(value, path)
-    except RuntimeError as error:
-        # torch reports a failed write without the system's error number; the file system still knows it.
-        with path.with_name("probe").open("wb") as probe:
-            probe.write(b"\0" * (1 << 20))
-            probe.flush()
-        raise OSError(f"'{path}' could not be written: {str(error).splitlines()[0]}") from error
+def _is_elsewhere(checkpoint: Path, name: str) -> bool:
+    """Says whether SAEs are in `samples_<n>.pt` instead of this file, as in what is uploaded to W&B."""
+    is_tensors = name.endswith(".safetensors") and name != "firing.safetensors"
+    return is_tensors and not (checkpoint / name).exists() and checkpoint.with_suffix(".pt").is_file()
 
 
 def _file_name(run_name: str) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from e2e_sae.acts import Position
 from e2e_sae.checkpoint.records import StoredModel, StoredRun, StoredSAE
+from e2e_sae.config import rename_old_keys
 from e2e_sae.errors import CheckpointError
 from e2e_sae.hooks import resolve_hook_names
 from e2e_sae.models.lm import model_facts
@@ -45,9 +46,13 @@ def copy_parameters(sae: SAE, stored: StoredSAE, source: Path | None = None) -> 
         source: the file or folder they came from, for the message.
 
     Raises:
-        CheckpointError: a shape differs.
+        CheckpointError: the architecture or a shape differs.
     """
     what = f"the SAE at {stored.info.write}" + (f" in '{source}'" if source else "")
+    if stored.info.architecture != sae.architecture:
+        raise CheckpointError(
+            f"{what} has the architecture '{stored.info.architecture}', this run's '{sae.architecture}'"
+        )
     if stored.info.d_in != sae.d_in:
         raise CheckpointError(
             f"{what} has width {stored.info.d_in}, this model's activation there {sae.d_in}: it was trained on "
@@ -95,8 +100,11 @@ def lm_config_of(run: StoredRun) -> LMConfig:
     name, path = run.config.get("tlens_model_name"), run.config.get("tlens_model_path")
     if not name and not path:
         raise CheckpointError(f"'{run.source}' does not say which language model it belongs to: pass model=...")
+    values: dict[str, Any] = {"tlens_model_name": name, "tlens_model_path": path}
+    if "tlens_processing" in run.config:  # a legacy config has no such key: the defaults
+        values["processing"] = run.config["tlens_processing"]
     # Relative paths in a legacy config start from the run's folder.
-    return LMConfig.from_dict({"tlens_model_name": name, "tlens_model_path": path}, base_dir=run.source.parent)
+    return LMConfig.from_dict(values, base_dir=run.source.parent)
 
 
 def _recorded(model: StoredModel) -> LMConfig:
@@ -118,7 +126,7 @@ def positions_of(run: StoredRun, model: nn.Module) -> list[Position]:
     Raises:
         CheckpointError: the run's config lists a position that has no SAE.
     """
-    saes = run.config.get("saes")
+    saes = rename_old_keys(run.config).get("saes")
     if run.model is not None or not saes:
         return [stored.info.position for stored in run.saes.values()]
     # A legacy file stores patterns; its SAEs are in the order in which the model resolves them.

@@ -12,7 +12,7 @@ Shapes: d_in width of the activation, d_sae number of latents.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 PARAMETER_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+LEGACY_NAMES = {
+    "encoder.0.weight": "W_enc",
+    "encoder.0.bias": "b_enc",
+    "decoder.weight": "W_dec",
+    "decoder.bias": "b_dec",
+}
+"""Names in state dicts, which are those of the paper's library ([out, in], so weights are transposed), and ours."""
 
 
 class SAE(nn.Module, ABC):
@@ -63,6 +70,8 @@ class SAE(nn.Module, ABC):
                 nn.init.orthogonal_(self.W_dec, generator=generator)
             else:
                 self.W_dec.uniform_(-(d_sae**-0.5), d_sae**-0.5, generator=generator)
+        self.register_state_dict_post_hook(_to_legacy_names)
+        self.register_load_state_dict_pre_hook(_from_legacy_names)
 
     @abstractmethod
     def activate(self, pre_acts: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, "*tokens d_sae"]:
@@ -161,3 +170,18 @@ class EncoderView:
 
     def __call__(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_sae"]:
         return self._sae.encode(x)
+
+
+# `torch.save(model.saes.state_dict(), ...)` writes what every tool for the paper's SAEs reads, and
+# `load_state_dict` takes those files, and our own names too.
+def _to_legacy_names(_module: nn.Module, state: dict[str, Tensor], prefix: str, _local_metadata: Any) -> None:
+    for theirs, ours in LEGACY_NAMES.items():
+        tensor = state.pop(prefix + ours)
+        state[prefix + theirs] = tensor.T if tensor.ndim == 2 else tensor
+
+
+def _from_legacy_names(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for theirs, ours in LEGACY_NAMES.items():
+        if prefix + theirs in state:
+            tensor: Tensor = state.pop(prefix + theirs)
+            state[prefix + ours] = tensor.T if tensor.ndim == 2 else tensor

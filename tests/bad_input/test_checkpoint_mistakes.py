@@ -165,6 +165,33 @@ def test_a_legacy_file_that_holds_no_fitting_saes_is_refused(
     assert words in refused("train", bench.config, *bench.sets(overrides))
 
 
+@pytest.mark.parametrize(
+    ("source", "arguments", "words"),
+    [
+        ("RUN", ["--to", "legacy", "--out", "FOLDER/gpt2"], "gpt2' is there already: name a new or an empty folder"),
+        ("RUN", ["--to", "legacy", "--out", "FOLDER/a_file"], "a_file' is there already"),
+        ("FOLDER/nowhere", ["--to", "legacy", "--out", "FOLDER/new"], "no such run folder or checkpoint"),
+        ("FOLDER/empty_folder", ["--to", "legacy", "--out", "FOLDER/new"], "empty_folder' has no checkpoint"),
+    ],
+)
+def test_a_conversion_that_cannot_be_made_is_refused(
+    bench: Bench, trained: Path, refused: Callable[..., str], source: str, arguments: list[str], words: str
+) -> None:
+    places = {"RUN": str(trained), "FOLDER": str(bench.folder)}
+    for name, place in places.items():
+        source, *arguments = (argument.replace(name, place) for argument in [source, *arguments])
+    assert words in refused("convert", source, *arguments)
+
+
+def test_a_damaged_checkpoint_is_not_converted(
+    bench: Bench, trained: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    run = copy_run(trained, tmp_path)
+    _flip_a_bit(run)
+    assert "is not what was written" in refused("convert", run, "--to", "legacy", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_with_code_in_it_is_refused_and_the_code_does_not_run(
     bench: Bench, trained: Path, refused: Callable[..., str], tmp_path: Path, zipped: bool

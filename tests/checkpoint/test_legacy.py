@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from e2e_sae.checkpoint import load_run, newest_legacy_file
-from e2e_sae.checkpoint.legacy import read_legacy_saes
 from e2e_sae.errors import CheckpointError
 
 
@@ -24,7 +23,7 @@ def state(name: str = "blocks-1-hook_resid_pre", d_in: int = 3, d_sae: int = 5) 
 def test_tensors_come_out_in_our_orientation_bit_for_bit(tmp_path: Path):
     stored = state() | state("blocks-2-hook_mlp_out")
     torch.save(stored, tmp_path / "samples_9.pt")
-    saes = read_legacy_saes(tmp_path / "samples_9.pt")
+    saes = load_run(tmp_path / "samples_9.pt").saes
     assert list(saes) == ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
     sae = saes["blocks.1.hook_resid_pre"]
     assert (sae.info.d_in, sae.info.d_sae, sae.info.architecture) == (3, 5, "relu")
@@ -52,4 +51,4 @@ def test_the_largest_trailing_number_is_the_newest(tmp_path: Path):
 def test_a_file_that_is_something_else_is_refused(change: dict[str, torch.Tensor], message: str, tmp_path: Path):
     torch.save(change, tmp_path / "samples_1.pt")
     with pytest.raises(CheckpointError, match=message):
-        read_legacy_saes(tmp_path / "samples_1.pt")
+        load_run(tmp_path / "samples_1.pt")
