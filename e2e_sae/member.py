@@ -16,8 +16,8 @@ from e2e_sae.checkpoint.run_dir import RunDir
 from e2e_sae.config import Config
 from e2e_sae.errors import RunFailed
 from e2e_sae.evaluate import Measurements, clean_names
-from e2e_sae.losses import calc_loss
-from e2e_sae.metrics import FiringWindow
+from e2e_sae.losses import weighted_loss
+from e2e_sae.metrics import FiringCounts, FiringWindow
 from e2e_sae.models.runner import run_local, run_spliced
 from e2e_sae.models.sae_transformer import SAETransformer
 from e2e_sae.optim import Schedule
@@ -95,7 +95,7 @@ class Member:
             spliced = run_spliced(self.model.tlens_model, clean.batch, self._saes, self._downstream_names)
         else:
             spliced = run_local(clean, self._saes)
-        total, values = calc_loss(self._terms, clean, spliced)
+        total, values = weighted_loss(self._terms, clean, spliced)
         if not torch.isfinite(total):  # waits for the device
             broken = [f"'{key}' is {mean.value.item()}" for key, mean in values.items() if not mean.value.isfinite()]
             self._fail(step, f"loss term {', '.join(broken) or 'total is ' + str(total.item())}")
@@ -172,16 +172,26 @@ class Member:
         self.window.load_state(state["window"])
 
     def log(self, line: dict[str, Any]) -> None:
-        """Hands a line to every tracker."""
+        """Hands a line to every tracker, and the window of firing counts that has closed since the last one."""
+        closed = self.window.take_closed()
+        if closed is not None:
+            line |= closed.log_values()
         if self.run_dir is None:
             self.lines.append(line)
         for tracker in self.trackers:
             tracker.log(line)
+            if closed is not None:
+                tracker.firing(closed, line["samples"])
 
-    def close(self) -> None:
+    def log_final_firing(self, counts: FiringCounts) -> None:
+        """Hands every tracker how often latents fire at the end."""
+        for tracker in self.trackers:
+            tracker.firing(counts, None)
+
+    def close(self, failed: bool = False) -> None:
         """Closes the trackers."""
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(failed)
 
     def _fail(self, step: int, what: str) -> None:
         saved = self.run_dir.checkpoints()[:1] if self.run_dir else []

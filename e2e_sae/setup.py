@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from e2e_sae.checkpoint import load_run
+from e2e_sae.checkpoint.files import read_json, write_json
 from e2e_sae.checkpoint.records import StoredModel
 from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint, read_checkpoint_info, read_resume_state
 from e2e_sae.config import Config
@@ -21,7 +22,8 @@ from e2e_sae.models.lm import is_bridge, load_lm, model_facts
 from e2e_sae.models.sae_transformer import SAETransformer
 from e2e_sae.models.stored import check_same_model, copy_parameters
 from e2e_sae.optim import make_schedule
-from e2e_sae.trackers import JsonlTracker, WandbTracker, cut_back
+from e2e_sae.trackers import JsonlTracker, cut_back
+from e2e_sae.wandb_tracker import WandbRunId, WandbTracker, start_wandb
 
 HARMLESS_KEYS = {
     "wandb_project", "wandb_run_name", "wandb_run_name_prefix", "device", "save_dir", "save_every_n_samples",
@@ -64,8 +66,13 @@ class Parts:
     device: torch.device
 
 
-def set_up(config: Config, resume: Resumed | None = None) -> Parts:
-    """Loads the model and the data, builds the SAEs, and only then makes the run's folder.
+def set_up(config: Config, resume: Resumed | None = None, wandb: WandbTracker | None = None) -> Parts:
+    """Loads the model and the data, builds the SAEs, and only then makes the run's folder and starts W&B.
+
+    Args:
+        config: what to set up.
+        resume: the old run that goes on.
+        wandb: a W&B run that has been started already.
 
     Raises:
         UserError: anything that the config asks for is not there or does not fit.
@@ -98,9 +105,6 @@ def set_up(config: Config, resume: Resumed | None = None) -> Parts:
             copy_parameters(sae, stored, resume.checkpoint)
     # After loading, which takes over a stored float64.
     model.saes.to(torch.float64 if config.dtype == "float64" else torch.float32)
-    wandb = None
-    if config.wandb_project is not None:
-        wandb = WandbTracker(config.wandb_project, config.run_name, config.to_dict())
     run_dir = _open_run_dir(config, resume)
     member = Member(config, model, schedule, run_dir, _stored_model(config, lm))
     if resume is not None and resume.state is not None:
@@ -108,7 +112,12 @@ def set_up(config: Config, resume: Resumed | None = None) -> Parts:
     if run_dir is not None:
         logger.info(f"run folder: {run_dir.path}")
         member.trackers.append(JsonlTracker(run_dir.metrics_file))
+    # Last: a mistake that is found above leaves no run behind at W&B.
+    wandb = wandb or _start_wandb(config, run_dir)
     if wandb is not None:
+        wandb.describe(config.run_name, config)
+        if run_dir is not None:
+            write_json(run_dir.wandb_file, wandb.run_id.to_dict())
         member.trackers.append(wandb)
     return Parts(lm, member, train_batches, eval_batches, n_groups, facts.device)
 
@@ -233,6 +242,9 @@ def _load_pretrained(model: SAETransformer, paths: Sequence[Path], retrain: bool
             raise UserError(
                 f"'{path}' has SAEs at {list(run.saes)}, none of them at this run's positions {model.raw_sae_positions}"
             )
+        unused = [name for name in run.saes if name not in names]
+        if unused:
+            logger.info(f"'{path}' also has SAEs at {', '.join(unused)}, where this run has none: left out")
         for name in names:
             (sae,) = model.saes_at([name]).values()
             copy_parameters(sae, run.saes[name], path)
@@ -252,6 +264,16 @@ def _open_run_dir(config: Config, resume: Resumed | None) -> RunDir | None:
     if config.save_dir is None:
         return None
     return RunDir.create(config.save_dir, config.run_name, config.to_yaml())
+
+
+def _start_wandb(config: Config, run_dir: RunDir | None) -> WandbTracker | None:
+    """Starts W&B if the config asks for it; a resumed run goes on in the W&B run that it began."""
+    if config.wandb_project is None:
+        return None
+    known = None
+    if run_dir is not None and run_dir.wandb_file.exists():
+        known = WandbRunId.from_dict(read_json(run_dir.wandb_file))
+    return start_wandb(config.wandb_project, known)
 
 
 def _stored_model(config: Config, lm: nn.Module) -> StoredModel:

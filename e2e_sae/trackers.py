@@ -1,21 +1,18 @@
-"""Where log lines go: `metrics.jsonl` always, W&B where it is asked for.
-
-A tracker's trouble never stops a run: W&B's communication errors are counted and told at the end.
-"""
+"""Where log lines go: `metrics.jsonl` always; `wandb_tracker.py` has the other one."""
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from e2e_sae.checkpoint.files import write_text
-from e2e_sae.log import logger
+from e2e_sae.metrics import FiringCounts
 
 
+@runtime_checkable
 class Tracker(Protocol):
-    """Takes log lines."""
+    """Takes what is observed in a run. Its own trouble never stops the run."""
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Takes one line; `samples` says where in the run it belongs."""
@@ -25,8 +22,12 @@ class Tracker(Protocol):
         """Takes a checkpoint folder that has just been written."""
         ...
 
-    def close(self) -> None:
-        """Finishes."""
+    def firing(self, counts: FiringCounts, n_samples: int | None) -> None:
+        """Takes how often each latent fired: in a window that has closed, or (without `n_samples`) at the end."""
+        ...
+
+    def close(self, failed: bool = False) -> None:
+        """Finishes; `failed` if the run did not come to its end."""
         ...
 
 
@@ -44,58 +45,12 @@ class JsonlTracker:
     def save(self, path: Path) -> None:
         """Does nothing: the checkpoint already lies beside the log."""
 
-    def close(self) -> None:
+    def firing(self, counts: FiringCounts, n_samples: int | None) -> None:
+        """Does nothing: a checkpoint holds the counts, and the log lines what is told of them."""
+
+    def close(self, failed: bool = False) -> None:
         """Closes the file."""
         self._file.close()
-
-
-class WandbTracker:
-    """Logs to a W&B run, step = samples. `.env` in the working tree is read for key and entity."""
-
-    def __init__(self, project: str, name: str, config: Mapping[str, Any]):
-        import wandb
-        from dotenv import find_dotenv, load_dotenv
-
-        load_dotenv(find_dotenv(usecwd=True), override=True)
-        self._wandb = wandb
-        self._n_errors = 0
-        self._run: Any = None
-        entity = os.environ.get("WANDB_ENTITY") or None
-        try:
-            self._run = wandb.init(project=project, entity=entity, name=name, config=dict(config))
-        except (wandb.Error, OSError) as error:
-            logger.warning(f"W&B could not be started ({error}): the run goes on without it")
-
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Sends one line; histograms become W&B histograms."""
-        values = {key: self._native(value) for key, value in line.items()}
-        self._try(lambda: self._run.log(values, step=int(line["samples"])))
-
-    def save(self, path: Path) -> None:
-        """Uploads the config and the checkpoint's files, but not the resume state."""
-        run_dir = path.parent
-        for file in (run_dir / "final_config.yaml", *sorted(path.iterdir())):
-            if file.name != "resume.pt":
-                self._try(lambda file=file: self._run.save(str(file), base_path=str(run_dir), policy="now"))
-
-    def close(self) -> None:
-        """Finishes the run and says how many calls failed."""
-        self._try(lambda: self._run.finish())
-        if self._n_errors:
-            logger.warning(f"W&B: {self._n_errors} calls failed; everything is in the run folder")
-
-    def _native(self, value: Any) -> Any:
-        if isinstance(value, Mapping) and "edges" in value:
-            return self._wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
-        return value
-
-    def _try(self, call: Any) -> None:
-        if self._run is None:
-            return
-        try:
-            call()
-        except (self._wandb.Error, OSError):
-            self._n_errors += 1
 
 
 def cut_back(path: Path, n_samples: int) -> None:

@@ -31,6 +31,7 @@ from e2e_sae.models.runner import run_clean, run_spliced
 from e2e_sae.progress import progress_bar
 from e2e_sae.setup import Resumed, prepare_resume, set_up
 from e2e_sae.trackers import read_metrics
+from e2e_sae.wandb_tracker import WandbTracker
 
 
 @dataclass
@@ -134,7 +135,6 @@ class Trainer:
                 "lr": lrs[i],
                 **({"grad_norm": norms[i]} if norms else {}),
                 **member.measure(result),
-                **member.window.take_log_values(),
             }
             if evaluates:
                 evaluation = self._evaluate(member)
@@ -219,15 +219,20 @@ class Trainer:
         return progress_bar(total=total, initial=self.state.n_samples, desc="training", unit="sample")
 
 
-def train(config: Config, resume: Resumed | None = None) -> Path | None:
+def train(config: Config, resume: Resumed | None = None, wandb: WandbTracker | None = None) -> Path | None:
     """Trains what the config says and returns the run's folder (None if nothing is written).
+
+    Args:
+        config: what to do.
+        resume: the old run that goes on.
+        wandb: a W&B run that has been started already; None: one is started if the config asks for it.
 
     Raises:
         UserError: the config asks for something that is not there or does not fit together.
         RunFailed: a loss or gradient became non-finite.
         Interrupted: a signal stopped it; the run is saved.
     """
-    parts = set_up(config, resume)
+    parts = set_up(config, resume, wandb)
     trainer = Trainer(
         config=config,
         lm=parts.lm,
@@ -238,14 +243,16 @@ def train(config: Config, resume: Resumed | None = None) -> Path | None:
         device=parts.device,
         state=LoopState(**resume.loop_state) if resume and resume.loop_state else LoopState(),
     )
-    member = parts.member
+    member, failed = parts.member, True
     try:
         trainer.run()
         firing, data = trainer.final_firing(member)
+        member.log_final_firing(firing)
         lines = read_metrics(member.run_dir.metrics_file) if member.run_dir else member.lines
         report_health(lines, firing, data, member.run_dir)
+        failed = False
     finally:
-        member.close()
+        member.close(failed)
     return member.run_dir.path if member.run_dir else None
 
 

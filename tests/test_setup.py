@@ -1,17 +1,22 @@
 """What is put together before a run: data, held-out rows, SAEs from disk."""
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from e2e_sae.checkpoint import load_run
+from e2e_sae.checkpoint.files import write_json, write_tensors
+from e2e_sae.checkpoint.legacy import legacy_state_dict, write_legacy_saes
 from e2e_sae.errors import UserError
 from e2e_sae.setup import set_up
 from e2e_sae.train import train
 from tests.tiny_runs import (
+    E2E,
     N_CTX,
     assert_same,
     console,
@@ -73,14 +78,27 @@ def test_text_is_tokenised_by_the_models_own_tokenizer(tmp_path: Path, model: Pa
 
 
 def legacy_file(path: Path, run: Path, names: list[str], dtype: torch.dtype = torch.float32) -> Path:
-    state: dict[str, torch.Tensor] = {}
-    for name in names:
-        tensors = load_run(run).saes[name].tensors
-        key = name.replace(".", "-")
-        for theirs, ours in [("encoder.0", "enc"), ("decoder", "dec")]:
-            state[f"{key}.{theirs}.weight"] = tensors[f"W_{ours}"].T.contiguous().to(dtype)
-            state[f"{key}.{theirs}.bias"] = tensors[f"b_{ours}"].to(dtype)
-    torch.save(state, path)
+    saes = {name: stored.tensors for name, stored in load_run(run).saes.items() if name in names}
+    write_legacy_saes(path, {name: {key: t.to(dtype) for key, t in tensors.items()} for name, tensors in saes.items()})
+    return path
+
+
+def published_file(path: Path, run: Path, name: str) -> Path:
+    """Writes an SAE without its position and the config with it, as in `apollo-research/e2e-saes-gpt2`."""
+    prefix = name.replace(".", "-") + "."
+    state = legacy_state_dict({name: load_run(run).saes[name].tensors})
+    torch.save({k.removeprefix(prefix).replace("encoder.0", "encoder"): t for k, t in state.items()}, path)
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({"saes": {"sae_positions": [name]}}))
+    return path
+
+
+def saelens_folder(path: Path, run: Path, name: str) -> Path:
+    """Writes an SAE with its decoder normalised as SAELens would have it."""
+    stored = load_run(run).saes[name]
+    path.mkdir()
+    write_json(path / "cfg.json", {"hook_name": name, "apply_b_dec_to_input": False, "d_in": 16, "d_sae": 32})
+    unit = {"W_dec": torch.nn.functional.normalize(stored.tensors["W_dec"], dim=1)}
+    write_tensors(path / "sae_weights.safetensors", stored.tensors | unit)
     return path
 
 
@@ -146,6 +164,82 @@ def test_of_a_mixed_list_later_files_win_and_nothing_left_to_train_is_an_error(
     assert_same(part(loaded, A), weights(one_sae))
     assert_same(part(loaded, B), part(weights(two_saes), B))
     assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
+
+
+@pytest.mark.parametrize("last", ["own", "legacy", "published", "saelens"])
+def test_four_formats_in_one_list_and_the_last_one_wins(
+    tmp_path: Path, model: Path, rows: Path, one_sae: Path, two_saes: Path, last: str
+) -> None:
+    made = {
+        "own": one_sae / "samples_2",
+        "legacy": legacy_file(tmp_path / "saes.pt", one_sae, [A]),
+        "published": published_file(tmp_path / "e2e_similar_ce_layer_1.pt", one_sae, A),
+        "saelens": saelens_folder(tmp_path / "1-res_sce-ajt", one_sae, A),
+    }
+    others = {
+        "own": two_saes,
+        "legacy": legacy_file(tmp_path / "others.pt", two_saes, [A, B]),
+        "published": published_file(tmp_path / "other.pt", two_saes, A),
+        "saelens": saelens_folder(tmp_path / "other", two_saes, A),
+    }
+    paths = [str(path) for path in [*others.values(), made[last]]]
+    saes = {"sae_positions": [A, B], "pretrained_sae_paths": paths, "retrain_saes": True}
+    loaded = set_up(run_config(model, rows, None, saes=saes)).member.model.saes_at()
+    expected = load_run(one_sae).saes[A].tensors, load_run(two_saes).saes[B].tensors
+    for sae, tensors in zip(loaded.values(), expected, strict=True):
+        assert torch.equal(sae.W_enc, tensors["W_enc"])
+        assert torch.equal(sae.b_enc, tensors["b_enc"])
+        torch.testing.assert_close(sae.dict_elements, torch.nn.functional.normalize(tensors["W_dec"], dim=1).T)
+
+
+def test_saes_at_positions_that_the_run_lacks_are_left_out_with_a_note(model: Path, rows: Path, two_saes: Path) -> None:
+    saes = {"sae_positions": [A], "pretrained_sae_paths": str(two_saes), "retrain_saes": True}
+    with console() as said:
+        loaded = set_up(run_config(model, rows, None, saes=saes)).member.model.saes_at()
+    assert [position.name for position in loaded] == [A]
+    assert any(f"also has SAEs at {B}, where this run has none: left out" in line for line in said)
+
+
+def test_a_file_that_was_saved_on_a_gpu_loads_without_one(
+    tmp_path: Path, model: Path, rows: Path, one_sae: Path
+) -> None:
+    path = as_if_saved_on_cuda(legacy_file(tmp_path / "samples_2.pt", one_sae, [A]))
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+            torch.load(path, weights_only=True)
+    saes = {"sae_positions": [A], "pretrained_sae_paths": str(path), "retrain_saes": True}
+    (loaded,) = set_up(run_config(model, rows, None, saes=saes)).member.model.saes_at().values()
+    assert torch.equal(loaded.W_enc, load_run(one_sae).saes[A].tensors["W_enc"])
+    assert loaded.device.type == "cpu"
+
+
+def as_if_saved_on_cuda(path: Path) -> Path:
+    """Changes the device that the file's pickle names (a string, in protocol 2) from `cpu` to `cuda:0`."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records.items():
+            if name.endswith("/data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in content
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            archive.writestr(name, content)
+    return path
+
+
+def test_frozen_saes_stay_in_the_forward_pass_and_in_the_losses(
+    tmp_path: Path, model: Path, rows: Path, one_sae: Path, two_saes: Path
+) -> None:
+    def first_line(pretrained: Path) -> dict[str, Any]:
+        """Returns the first batch's log of an e2e run with a frozen SAE at A and a fresh one at B."""
+        saes = {"sae_positions": [A, B], "pretrained_sae_paths": str(pretrained)}
+        return lines_of(train(run_config(model, rows, tmp_path / "out", n_samples=2, saes=saes, loss=E2E)))[0]
+
+    ones, others = (first_line(legacy_file(tmp_path / "saes.pt", run, [A])) for run in (one_sae, two_saes))
+    differing = {key for key in ones if isinstance(ones[key], float) and ones[key] != others[key]}
+    assert "loss" in differing
+    assert {f"loss/train/sparsity/{A}", "loss/train/logits_kl"} <= differing
+    # The SAE at B, the same in both, reads what the frozen one passes on.
+    assert f"loss/train/sparsity/{B}" in differing
 
 
 def test_with_retrain_saes_what_was_loaded_trains_on(tmp_path: Path, model: Path, rows: Path, two_saes: Path) -> None:

@@ -1,13 +1,10 @@
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from e2e_sae.trackers import JsonlTracker, WandbTracker, cut_back, read_metrics
-from tests.tiny_runs import console
+from e2e_sae.trackers import JsonlTracker, cut_back, read_metrics
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -52,65 +49,3 @@ def test_cutting_back_drops_later_lines_and_a_line_that_is_not_whole(tmp_path: P
 def test_cutting_back_a_log_that_never_was_does_nothing(tmp_path: Path) -> None:
     cut_back(tmp_path / "metrics.jsonl", 4)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def offline_wandb(in_tmp_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(in_tmp_dir))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HOME", str(in_tmp_dir))
-    wandb.teardown()  # it keeps the settings of whatever came before
-    yield in_tmp_dir
-    wandb.teardown()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # W&B's own
-def test_wandb_takes_lines_histograms_and_checkpoints_offline_and_its_trouble_is_only_counted(
-    offline_wandb: Path,
-) -> None:
-    tracker = WandbTracker("project", "name", {"lr": 1.0})
-    tracker.log({"samples": 2, "loss": 1.5, "hist": {"edges": [0.0, 1.0], "counts": [3]}})
-    run = offline_wandb / "run"
-    checkpoint = run / "samples_2"
-    checkpoint.mkdir(parents=True)
-    for file in (run / "final_config.yaml", checkpoint / "resume.pt", checkpoint / "sae.safetensors"):
-        file.write_text("content")
-    tracker.save(checkpoint)
-    uploaded = {p.name for p in (offline_wandb / "wandb").rglob("files/**/*") if p.is_file() or p.is_symlink()}
-    assert {"final_config.yaml", "sae.safetensors"} <= uploaded
-    assert "resume.pt" not in uploaded
-
-    real_run = tracker._run
-
-    class LineIsDown:
-        def log(self, *_: Any, **__: Any) -> None:
-            raise ConnectionError("the line is down")
-
-        def finish(self) -> None:
-            real_run.finish()
-
-    tracker._run = LineIsDown()
-    tracker.log({"samples": 4, "loss": 1.0})
-    with console() as said:
-        tracker.close()
-    assert said == ["W&B: 1 calls failed; everything is in the run folder"]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # W&B's own
-def test_without_a_wandb_login_the_run_goes_on_without_wandb(
-    offline_wandb: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    with console() as said:
-        tracker = WandbTracker("project", "name", {})
-        tracker.log({"samples": 2, "loss": 1.5})
-        tracker.save(offline_wandb)
-        tracker.close()
-    assert "W&B could not be started" in said[0]
-    assert "the run goes on without it" in said[0]
-    assert len(said) == 1

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from e2e_sae.acts import CacheActs, Pass, Position, SAEActs, TokenBatch
 from e2e_sae.checkpoint import load_run
+from e2e_sae.checkpoint.hub import download_sae
 from e2e_sae.checkpoint.records import StoredRun
+from e2e_sae.checkpoint.sources import fetch_wandb_run
 from e2e_sae.errors import CheckpointError, UserError
 from e2e_sae.hooks import check_per_token, exact_hook_name, hook_shapes, sae_key
 from e2e_sae.models.generate import generate
 from e2e_sae.models.lm import load_lm, model_facts
+from e2e_sae.models.lm_config import LMConfig
 from e2e_sae.models.runner import SAEsAt, recorder, run_local, run_spliced, splice_functions
 from e2e_sae.models.splicing import splice
 from e2e_sae.models.stored import build_sae, check_same_model, lm_config_of, positions_of
@@ -242,10 +245,10 @@ class SAETransformer(nn.Module):
         model: nn.Module | None = None,
         device: str | None = None,
     ) -> "SAETransformer":
-        """Loads a trained run: ours, or one of the paper's library.
+        """Loads a trained run: ours, one of the paper's library, or a SAELens folder.
 
         Args:
-            checkpoint_dir: a run folder, or one of its checkpoints.
+            checkpoint_dir: a run folder, one of its checkpoints, or a `.pt` with its config beside it.
             checkpoint_file: a `.pt` instead of the folder; then `config_file` is needed too.
             config_file: its `final_config.yaml`.
             model: the language model, if it is already there; else it is loaded as it was in training.
@@ -261,8 +264,50 @@ class SAETransformer(nn.Module):
             raise UserError("checkpoint_file and config_file go together")
         run = load_run(checkpoint_dir if checkpoint_dir is not None else checkpoint_file or "", config_file)
         if model is None:
-            model = load_lm(lm_config_of(run), device or "auto")
+            model = load_lm(_lm_config(run), device or "auto")
         return cls.from_run(run, model)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        name: str,
+        *,
+        revision: str | None = None,
+        model: nn.Module | None = None,
+        device: str | None = None,
+    ) -> "SAETransformer":
+        """Loads SAEs from the Hugging Face hub, in any format that `from_local_path` reads.
+
+        Args:
+            repo_id: the repository, such as `apollo-research/e2e-saes-gpt2`.
+            name: a file `<name>.pt`, such as `e2e_similar_ce_layer_6`, or a folder.
+            revision: branch, tag or commit of the repository; None: its main branch.
+            model: the language model, if it is already there; else it is loaded as it was in training.
+            device: where to put the model and the SAEs; None: CUDA if there is one.
+
+        Raises:
+            MissingFileError: no such repository, revision or SAE.
+            UserError: the hub cannot be reached and the SAE is not in the cache, or it does not fit the model.
+        """
+        return cls.from_local_path(download_sae(repo_id, name, revision), model=model, device=device)
+
+    @classmethod
+    def from_wandb(
+        cls, wandb_project_run_id: str, *, model: nn.Module | None = None, device: str | None = None
+    ) -> "SAETransformer":
+        """Loads the newest checkpoint of a W&B run, of this library or of the paper's; kept in `settings.cache_dir()`.
+
+        Args:
+            wandb_project_run_id: `entity/project/run_id`, `project/run_id`, or the run's URL. Public runs need no key.
+            model: the language model, if it is already there; else it is loaded as it was in training.
+            device: where to put the model and the SAEs; None: CUDA if there is one.
+
+        Raises:
+            UserError: that names no run, or the SAEs do not fit the model.
+            MissingFileError: no such run, no checkpoint in it, or W&B cannot be reached and the run is not cached.
+        """
+        return cls.from_local_path(fetch_wandb_run(wandb_project_run_id), model=model, device=device)
 
     @classmethod
     def from_run(cls, run: StoredRun, model: nn.Module) -> "SAETransformer":
@@ -289,6 +334,17 @@ class SAETransformer(nn.Module):
         transformer = cls(model, positions, saes=saes)
         transformer.saes.to(next(model.parameters()).device)
         return transformer
+
+
+def _lm_config(run: StoredRun) -> LMConfig:
+    try:
+        return lm_config_of(run)
+    except CheckpointError:
+        raise
+    except UserError as error:
+        raise UserError(
+            f"the language model of '{run.source}' is not to be had as in training ({error}): pass model=..."
+        ) from None
 
 
 def _fresh_sae(position: Position, d_in: int, ratio: float, orthogonal: bool, seed: int | None) -> SAE:
