@@ -31,15 +31,15 @@ class SAEActs(NamedTuple):
 
     input: Float[Tensor, "*tokens d_in"]
     """The activation it read."""
-    latents: Float[Tensor, "*tokens d_sae"]
-    """Its codes, after the activation function."""
+    c: Float[Tensor, "*tokens d_sae"]
+    """Its codes, after the activation function: `latents`, under the paper's library's name."""
     output: Float[Tensor, "*tokens d_in"]
     """Its reconstruction, which replaced the activation."""
 
     @property
-    def c(self) -> Float[Tensor, "*tokens d_sae"]:
-        """The latents, under the paper's library's name."""
-        return self.latents
+    def latents(self) -> Float[Tensor, "*tokens d_sae"]:
+        """Its codes."""
+        return self.c
 
     @property
     def error(self) -> Float[Tensor, "*tokens d_in"]:

@@ -38,6 +38,10 @@ DROPPED_KEYS = ("collect_output_metrics_every_n_samples", "layerwise", "adam_bet
 """Keys in configs of older runs that no longer do anything; accepted and ignored."""
 
 
+MAX_RUN_NAME = 200
+"""Characters in a run's name."""
+
+
 class SAEsConfig(BaseConfig):
     """Which SAEs, and where."""
 
@@ -219,7 +223,7 @@ class Config(BaseConfig):
     @property
     def run_name(self) -> str:
         """The run's name, made as the paper's library makes it (its odd label `in-to-out` included)."""
-        return self.wandb_run_name_prefix + (self.wandb_run_name or self._generated_name())
+        return (self.wandb_run_name_prefix + (self.wandb_run_name or self._generated_name()))[:MAX_RUN_NAME]
 
     def _generated_name(self) -> str:
         loss = self.loss
@@ -235,12 +239,15 @@ class Config(BaseConfig):
 
 
 def rename_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `values` with a `train:` level flattened, `OLD_KEYS` renamed and `DROPPED_KEYS` left out."""
+    """Returns `values` with a `train:` level flattened, old names renamed, `DROPPED_KEYS` left out."""
     renamed: dict[str, Any] = {k: (dict(v) if isinstance(v, Mapping) else v) for k, v in values.items()}
     nested = renamed.pop("train", {})
     renamed.update(nested if isinstance(nested, Mapping) else {"train": nested})
     for key in DROPPED_KEYS:
         renamed.pop(key, None)
+    per_step, n_steps = renamed.get("effective_batch_size") or renamed.get("batch_size"), renamed.get("warmup_steps")
+    if isinstance(per_step, int) and isinstance(n_steps, int):
+        renamed.setdefault("warmup_samples", renamed.pop("warmup_steps") * per_step)
     for old, new in OLD_KEYS.items():
         *old_parents, old_leaf = old.split(".")
         holder = _descend(renamed, old_parents)

@@ -55,7 +55,7 @@ class Measurements:
         Args:
             clean: its clean pass.
             spliced: its spliced pass.
-            loss_values: as `calc_loss` gives them.
+            loss_values: as `weighted_loss` gives them.
         """
         self._means.update({f"loss/{self._m}/{key}": mean for key, mean in loss_values.items()})
         self._means.update(sparsity_metrics(spliced, self._m))

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from e2e_sae.errors import UserError, did_you_mean
+from e2e_sae.lazy import lazy_names
 
 # The points that HookedTransformer 3.9 and TransformerBridge 4.3 both have, with equal values (measured on
 # GPT-2-, Llama- and NeoX-style models), in the order of the computation. Replacing one has the same effect on
@@ -267,3 +268,14 @@ def _candidates(name: str, usable: Sequence[str]) -> str:
         return hint
     first = [point for point in usable if block_of(point) in (None, 0)]
     return f" The points of block 0 and around are: {', '.join(first)}."
+
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "sae_hook": "e2e_sae.legacy.hooks",
+        "cache_hook": "e2e_sae.legacy.hooks",
+        "SAEActs": "e2e_sae.acts",
+        "CacheActs": "e2e_sae.acts",
+    },
+)

@@ -4,6 +4,8 @@ import logging
 import sys
 from typing import Literal
 
+from e2e_sae.lazy import lazy_names
+
 logger = logging.getLogger("e2e_sae")
 
 
@@ -35,3 +37,6 @@ def log_to_console(level: int = logging.INFO) -> None:
     logger.handlers = [out, err]
     logger.setLevel(level)
     logger.propagate = False
+
+
+__getattr__ = lazy_names(__name__, {"setup_logger": "e2e_sae.legacy.logs"})

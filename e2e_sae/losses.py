@@ -1,6 +1,6 @@
 """Loss terms: each is one class that is its own config and its own formula, called with (clean, spliced).
 
-A term returns `Mean`s (sum, count of counted tokens) under the paper's library's names; `calc_loss` divides
+A term returns `Mean`s (sum, count of counted tokens) under the paper's library's names; `weighted_loss` divides
 and weighs. Letters: a clean activation, x activation in the spliced pass (the SAE's input at its position),
 c latents, x_hat the SAE's output, N counted tokens, d width.
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from e2e_sae.acts import Mean, Pass
 from e2e_sae.base_config import BaseConfig
+from e2e_sae.lazy import lazy_names
 from e2e_sae.ops.logits import kl_sum
 from e2e_sae.ops.tokens import at_least_float32, counted_sum
 from e2e_sae.types import StrOrList
@@ -119,6 +120,11 @@ class InToOrigLoss(MSETerm):
         return self.total_coeff / len(self.hook_positions)
 
     @property
+    def coeff(self) -> float:
+        """`coeff_per_value`, under the paper's library's name."""
+        return self.coeff_per_value
+
+    @property
     def needs_downstream(self) -> bool:
         """Always."""
         return True
@@ -211,12 +217,18 @@ class LossConfigs(BaseConfig):
         return [term for term in terms if term is not None]
 
     @property
+    def activation_loss_configs(self) -> dict[str, LossTerm | None]:
+        """The terms on activations by name, absent ones None: for users of the paper's library."""
+        names = ("sparsity", "in_to_orig", "out_to_orig", "out_to_in")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def needs_downstream(self) -> bool:
         """Whether any term needs the spliced model to run past its SAEs; if not, the run is local."""
         return any(term.needs_downstream for term in self.terms)
 
 
-def calc_loss(terms: list[LossTerm], clean: Pass, spliced: Pass) -> tuple[Float[Tensor, ""], dict[str, Mean]]:
+def weighted_loss(terms: list[LossTerm], clean: Pass, spliced: Pass) -> tuple[Float[Tensor, ""], dict[str, Mean]]:
     """Returns the weighted total, sum over values of coeff * (sum / count), and the unweighted values by log name.
 
     A batch without a counted token has total 0.
@@ -232,3 +244,9 @@ def calc_loss(terms: list[LossTerm], clean: Pass, spliced: Pass) -> tuple[Float[
     if not totals:
         raise ValueError("no loss term has a value: neither SAE activations nor logits were given")
     return sum(totals[1:], totals[0]), values
+
+
+_LEGACY = "e2e_sae.legacy.losses"
+__getattr__ = lazy_names(
+    __name__, {"calc_loss": _LEGACY, "calc_explained_variance": _LEGACY, "_layer_norm_pre": _LEGACY}
+)

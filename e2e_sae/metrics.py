@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from e2e_sae.acts import Mean, Pass
+from e2e_sae.lazy import lazy_names
 from e2e_sae.losses import LossTerm, MSETerm
 from e2e_sae.ops.logits import compare_logits
 from e2e_sae.ops.tokens import at_least_float32, counted_rows, counted_sum
@@ -106,7 +107,7 @@ def legacy_explained_variances(terms: list[LossTerm], clean: Pass, spliced: Pass
             a = counted_rows(at_least_float32(target), spliced.batch.counted)
             stem = f"loss/{m}/{term.name}/explained_variance"
             n = spliced.batch.n_counted
-            for ln, (x_ln, a_ln) in {"": (x, a), "_ln": (_layer_norm(x), _layer_norm(a))}.items():
+            for ln, (x_ln, a_ln) in {"": (x, a), "_ln": (layer_norm(x), layer_norm(a))}.items():
                 ratios = explained_variance_ratios(x_ln, a_ln)
                 # Weighted by tokens, as the paper's library averages its batches.
                 means[f"{stem}{ln}/{name}"] = Mean(ratios.mean() * n, n)
@@ -123,7 +124,8 @@ def explained_variance_ratios(
     return 1 - residual / (target - target.mean(0)).square().sum(-1)
 
 
-def _layer_norm(x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+def layer_norm(x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+    """Returns each vector with mean 0 and variance 1 over its width."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
@@ -207,6 +209,14 @@ class FiringCounts:
         counts = torch.bincount(bins.clamp_max(len(LOG10_EDGES) - 2), minlength=len(LOG10_EDGES) - 1)
         return {"edges": LOG10_EDGES, "counts": counts.tolist()}
 
+    def log_values(self) -> dict[str, object]:
+        """Returns number alive and histogram of each SAE by log key."""
+        values: dict[str, object] = {}
+        for name in self.counts:
+            values[f"sparsity/alive_dict_elements/{name}"] = self.n_alive(name)
+            values[f"sparsity/dict_el_frequency_hist/log10/{name}"] = self.log10_histogram(name)
+        return values
+
 
 class FiringWindow:
     """Counts firing over windows of at least `n_tokens` tokens.
@@ -241,16 +251,10 @@ class FiringWindow:
         if self._open.n_tokens >= self._n_tokens:
             self._whole, self._open, self._closed_at, self._pending = self._open, None, n_samples, True
 
-    def take_log_values(self) -> dict[str, object]:
-        """Returns number alive and histogram of a window that has closed since the last call; empty otherwise."""
-        if not self._pending or self._whole is None:
-            return {}
-        self._pending = False
-        values: dict[str, object] = {}
-        for name in self._d_saes:
-            values[f"sparsity/alive_dict_elements/{name}"] = self._whole.n_alive(name)
-            values[f"sparsity/dict_el_frequency_hist/log10/{name}"] = self._whole.log10_histogram(name)
-        return values
+    def take_closed(self) -> FiringCounts | None:
+        """Returns the window that has closed since the last call, if one has."""
+        is_new, self._pending = self._pending, False
+        return self._whole if is_new else None
 
     def state(self) -> dict[str, object]:
         """Returns tensors and numbers for `load_state`."""
@@ -272,3 +276,20 @@ class FiringWindow:
         counts = FiringCounts(self._d_saes)
         counts.counts, counts.n_tokens = dict(state["counts"]), state["n_tokens"]
         return counts
+
+
+__getattr__ = lazy_names(
+    __name__,
+    dict.fromkeys(
+        (
+            "topk_accuracy",
+            "top1_consistency",
+            "statistical_distance",
+            "ActFrequencyMetrics",
+            "calc_sparsity_metrics",
+            "calc_output_metrics",
+            "collect_act_frequency_metrics",
+        ),
+        "e2e_sae.legacy.metrics",
+    ),
+)

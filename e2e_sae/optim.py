@@ -42,7 +42,12 @@ class Schedule(NamedTuple):
             return step / max(1, self.n_warmup)
         assert self.n_steps is not None, "a cosine schedule needs the number of steps"
         progress = min(1.0, (step - self.n_warmup) / max(1, self.n_steps - self.n_warmup))
-        return self.min_factor + (1 - self.min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+        return cosine_factor(progress, self.min_factor)
+
+
+def cosine_factor(progress: float, min_factor: float, n_cycles: float = 0.5) -> float:
+    """Returns min_factor + (1 - min_factor) (1 + cos(2 pi n_cycles progress)) / 2; progress 1 is the planned end."""
+    return min_factor + (1 - min_factor) * 0.5 * (1 + math.cos(2 * math.pi * n_cycles * progress))
 
 
 def make_schedule(

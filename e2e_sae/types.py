@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 
+from e2e_sae.lazy import lazy_names
+from e2e_sae.settings import REPO_ROOT
+
 StrDtype = Literal["float32", "float64", "bfloat16", "float16"]
 """A torch dtype by name; `torch_dtype` turns it into the dtype."""
 
@@ -33,7 +36,9 @@ def path_candidates(given: str | Path, info: Any) -> list[Path]:
 
 def _existing_path(given: Path, info: Any) -> Path:
     places = path_candidates(given, info)
-    for place in places:
+    # Configs of the paper's library count from the root of its clone, where they mention a relative path at all.
+    in_clone = [REPO_ROOT / given] if (REPO_ROOT / "pyproject.toml").is_file() else []
+    for place in places + in_clone:
         if _exists(place):
             return place
     looked = " and ".join(f"'{p}'" for p in places)
@@ -89,3 +94,8 @@ StrOrList = Annotated[list[str], BeforeValidator(_one_or_many)]
 
 PathOrList = Annotated[list[InputPath], BeforeValidator(_one_or_many)]
 """A list of existing paths; a single path is wrapped."""
+
+
+__getattr__ = lazy_names(
+    __name__, dict.fromkeys(("TORCH_DTYPES", "Samples", "TorchDtype", "RootPath"), "e2e_sae.legacy.types")
+)

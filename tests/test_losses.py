@@ -14,7 +14,7 @@ from e2e_sae.losses import (
     OutToInLoss,
     OutToOrigLoss,
     SparsityLoss,
-    calc_loss,
+    weighted_loss,
 )
 
 P, Q = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"
@@ -69,7 +69,7 @@ def test_mean_squares_equal_torchs_mse_and_compare_what_they_say():
         f"out_to_orig/{P}": mse(acts.output, clean.acts[P]),
         f"out_to_in/{P}": mse(acts.output, acts.input),
     }
-    _, values = calc_loss(TERMS[2:5], clean, spliced)
+    _, values = weighted_loss(TERMS[2:5], clean, spliced)
     assert set(values) == set(expected)
     for key, value in expected.items():
         torch.testing.assert_close(values[key].value, value)
@@ -78,13 +78,13 @@ def test_mean_squares_equal_torchs_mse_and_compare_what_they_say():
 def test_the_downstream_coefficient_is_shared_by_its_hook_points():
     clean, spliced = passes()
     term = InToOrigLoss(total_coeff=3.0, hook_positions=[P, Q])
-    total, values = calc_loss([term], clean, spliced)
+    total, values = weighted_loss([term], clean, spliced)
     torch.testing.assert_close(total, 1.5 * (values[f"in_to_orig/{P}"].value + values[f"in_to_orig/{Q}"].value))
 
 
 def test_local_mse_sends_gradient_into_both_sides():
     clean, spliced = passes()
-    total, _ = calc_loss([OutToInLoss(coeff=2.0)], clean, spliced)
+    total, _ = weighted_loss([OutToInLoss(coeff=2.0)], clean, spliced)
     total.backward()
     acts = spliced.sae_acts[P]
     difference = 2.0 * 2 * (acts.input - acts.output).detach() / acts.input.numel()
@@ -97,7 +97,7 @@ def test_a_mask_equals_leaving_the_tokens_out(term: LossTerm):
     """In value and in every gradient: compare with a batch that has only the counted tokens, as rows of one token."""
     counted = torch.tensor([[True, False, True], [False, True, True]])
     clean, spliced = passes(counted)
-    total, _ = calc_loss([term], clean, spliced)
+    total, _ = weighted_loss([term], clean, spliced)
     gradients = torch.autograd.grad(total, leaves_of(spliced), allow_unused=True)
 
     def only(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def test_a_mask_equals_leaving_the_tokens_out(term: LossTerm):
         sae_acts={P: SAEActs(*(only(x) for x in spliced.sae_acts[P]))},
         logits=only(spliced.logits),
     )
-    expected, _ = calc_loss([term], small_clean, small)
+    expected, _ = weighted_loss([term], small_clean, small)
     torch.testing.assert_close(total, expected)
     small_gradients = torch.autograd.grad(expected, leaves_of(small), allow_unused=True)
     reached = [(a, b) for a, b in zip(gradients, small_gradients, strict=True) if isinstance(a, Tensor)]
@@ -125,14 +125,14 @@ def test_a_mask_equals_leaving_the_tokens_out(term: LossTerm):
 
 def test_the_total_is_the_weighted_sum_of_the_values():
     clean, spliced = passes()
-    total, _ = calc_loss(TERMS, clean, spliced)
-    parts = [calc_loss([term], clean, spliced)[0] for term in TERMS]
+    total, _ = weighted_loss(TERMS, clean, spliced)
+    parts = [weighted_loss([term], clean, spliced)[0] for term in TERMS]
     torch.testing.assert_close(total, torch.stack(parts).sum())
 
 
 def test_a_batch_without_a_counted_token_has_loss_and_gradient_zero():
     clean, spliced = passes(torch.zeros(2, 3, dtype=torch.bool))
-    total, _ = calc_loss(TERMS, clean, spliced)
+    total, _ = weighted_loss(TERMS, clean, spliced)
     assert total == 0
     total.backward()
     assert (spliced.sae_acts[P].output.grad == 0).all()
@@ -140,14 +140,14 @@ def test_a_batch_without_a_counted_token_has_loss_and_gradient_zero():
 
 def test_losses_of_bfloat16_activations_are_float32():
     clean, spliced = passes(dtype=torch.bfloat16)
-    _, values = calc_loss(TERMS, clean, spliced)
+    _, values = weighted_loss(TERMS, clean, spliced)
     assert {mean.sum.dtype for mean in values.values()} == {torch.float32}
 
 
 def test_without_logits_there_is_no_kl():
     clean, spliced = passes()
     local = Pass(spliced.batch, sae_acts=spliced.sae_acts)
-    assert calc_loss([TERMS[0], LogitsKLLoss(coeff=1.0)], clean, local)[1].keys() == {f"sparsity/{P}"}
+    assert weighted_loss([TERMS[0], LogitsKLLoss(coeff=1.0)], clean, local)[1].keys() == {f"sparsity/{P}"}
 
 
 def test_a_run_is_local_without_downstream_terms_and_a_coefficient_of_zero_still_asks_for_them():

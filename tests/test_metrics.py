@@ -151,11 +151,11 @@ def test_windows_open_at_the_first_batch_and_after_a_pause():
     closed_at: list[int] = []
     for n_samples in range(1, 11):
         window.update(spliced_with(torch.ones(1, 2, 1)), n_samples)
-        values = window.take_log_values()
-        if values:
+        closed = window.take_closed()
+        if closed is not None:
             closed_at.append(n_samples)
-            assert values[f"sparsity/alive_dict_elements/{P}"] == 1
-        assert window.take_log_values() == {}
+            assert closed.log_values()[f"sparsity/alive_dict_elements/{P}"] == 1
+        assert window.take_closed() is None
     # Opens with sample 1, closes at 2; 3, 4, 5 pass; opens with 6, closes at 7; the next would open with 11.
     assert closed_at == [2, 7]
 
@@ -174,11 +174,14 @@ def test_a_window_continues_from_its_state():
             second.update(spliced_with(latents[i]), i + 1)
     assert second.latest.counts[P].tolist() == whole.latest.counts[P].tolist()
     assert second.latest.n_tokens == whole.latest.n_tokens
-    assert second.take_log_values() == whole.take_log_values()
+    closed, expected = second.take_closed(), whole.take_closed()
+    assert closed is not None
+    assert expected is not None
+    assert closed.log_values() == expected.log_values()
 
 
 def test_a_pause_of_zero_counts_nothing():
     window = FiringWindow({P: 1}, every_n_samples=0, n_tokens=1)
     window.update(spliced_with(torch.ones(1, 2, 1)), 1)
-    assert window.take_log_values() == {}
+    assert window.take_closed() is None
     assert window.latest.n_tokens == 0

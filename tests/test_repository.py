@@ -15,6 +15,8 @@ REPO = Path(__file__).resolve().parent.parent
 DOCUMENTS = [p for p in (REPO / "README.md", *sorted(REPO.glob("docs/**/*.md"))) if p.is_file()]
 SCRIPTS = sorted(p for p in (REPO / "e2e_sae" / "scripts").rglob("*.py") if p.name != "__init__.py")
 YAML_FILES = sorted(p for folder in ("demos", "e2e_sae/scripts", "benchmarks") for p in (REPO / folder).rglob("*.yaml"))
+LOGGED = {"performance/eval/ce_increase", "loss/eval/logits_kl"}
+"""Log keys that a sweep may be after (`tests/test_evaluate.py` has all of them)."""
 TOP_FOLDERS = ("e2e_sae/", "tests/", "demos/", "docs/", "benchmarks/", ".ci/", ".vscode/")
 
 
@@ -107,14 +109,25 @@ def test_importing_the_package_writes_and_prints_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=_id)
-def test_every_shipped_yaml_is_valid(path: Path) -> None:
+def test_every_shipped_yaml_is_valid(path: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "method" in values and "parameters" in values:
-        assert (REPO / values["program"]).is_file(), "a sweep names a program that does not exist"
+        from e2e_sae.sweeps.plan import plan_sweep
+        from e2e_sae.sweeps.sweep_file import read_sweep
+
+        # Finds program and base config, and validates every run.
+        plan = plan_sweep(read_sweep(path), [], cost=lambda run: None, memory=tmp_path / "unused")
+        assert plan.n_runs > 1
+        assert values["metric"]["name"] in LOGGED, "a sweep improves something that is not logged"
     elif "saes" in values:
         from e2e_sae.config import Config
 
         Config.from_file(path)
+    elif path.parent.name in ("train_mnist", "train_mlp_saes"):
+        from e2e_sae.mlp_training.config import MaxActConfig, MLPConfig, MLPSAEsConfig
+
+        kinds = {"mnist": MLPConfig, "mnist_saes": MLPSAEsConfig, "max_act_data_mnist": MaxActConfig}
+        kinds[path.stem].from_file(path)
     else:
         from e2e_sae.lm_training.config import LMConfig
 

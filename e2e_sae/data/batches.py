@@ -175,6 +175,7 @@ class StreamedBatches(TokenBatches):
     ) -> None:
         self.n_ctx = n_ctx
         self.n_samples = None
+        self.n_buffer_rows = SHUFFLE_BUFFER_ROWS
         self._read = read
         self._order = order
 
@@ -189,7 +190,7 @@ class StreamedBatches(TokenBatches):
             yield from rows
             return
         rng = self._order.rng(epoch)
-        buffer = list(islice(rows, SHUFFLE_BUFFER_ROWS))
+        buffer = list(islice(rows, self.n_buffer_rows))
         for row in rows:
             i = int(rng.integers(len(buffer)))
             yield buffer[i]

@@ -16,7 +16,7 @@ from e2e_sae.losses import (
     OutToInLoss,
     OutToOrigLoss,
     SparsityLoss,
-    calc_loss,
+    weighted_loss,
 )
 from e2e_sae.models.lm import is_bridge, load_lm
 from e2e_sae.models.lm_config import LMConfig
@@ -65,7 +65,7 @@ def test_loss_and_every_gradient_equal_those_of_two_full_passes(family: str, mod
         LogitsKLLoss(coeff=2.5),
     ]
     clean = run_clean(model, batch, [PRE, "blocks.2.hook_mlp_out", POST])
-    total, _ = calc_loss(terms, clean, run_spliced(model, batch, ours, [POST]))
+    total, _ = weighted_loss(terms, clean, run_spliced(model, batch, ours, [POST]))
     total.backward()
 
     seen: dict[str, Tensor] = {}

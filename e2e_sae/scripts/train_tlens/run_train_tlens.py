@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from e2e_sae.lazy import lazy_names
 from e2e_sae.lm_training.config import LMConfig
 from e2e_sae.log import log_to_console
 from e2e_sae.scripts.exit_codes import run_command
@@ -31,6 +32,12 @@ def command_line(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     log_to_console()
     return run_command(lambda: main(args.config, overrides=args.set), args.debug)
+
+
+__getattr__ = lazy_names(
+    __name__,
+    {"Config": "e2e_sae.lm_training.config:LMConfig", "HookedTransformerPreConfig": "e2e_sae.legacy.loader"},
+)
 
 
 if __name__ == "__main__":
