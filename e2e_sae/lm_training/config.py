@@ -5,7 +5,15 @@ The paper's library's keys (`seed`, `name`, `tlens_config`, `train`, `wandb_proj
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from e2e_sae.base_config import BaseConfig
 from e2e_sae.data.dataset_config import DatasetConfig
@@ -89,14 +97,21 @@ class LMConfig(BaseConfig):
     tokenizer_name: LocalOrHub | None = None
     """With `hf_config`: an existing tokenizer, a folder or a hub name."""
     train_data: DatasetConfig | None = None
-    """What is trained on; null: the `train` part of the embedded corpus."""
+    """What is trained on; null: the `train` part of the embedded corpus, or with `tlens_config`, as in the paper's
+    library, `NeelNanda/pile-10k` from the hub."""
     eval_data: DatasetConfig | None = None
     """What is evaluated on; null: the `eval` part of the embedded corpus if that is trained on, or what
     `train_data.holdout_fraction` keeps; without either, nothing is evaluated."""
     train: LMTrainConfig
     """How it is trained."""
     wandb_project: str | None = None
-    """Accepted from older configs; this script logs to `metrics.jsonl`."""
+    """W&B project; null: `metrics.jsonl` only."""
+
+    @field_validator("tlens_config", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        # The paper's library has a config class for it.
+        return value.to_dict() if isinstance(value, BaseConfig) else value
 
     @model_validator(mode="after")
     def _check_model(self) -> "LMConfig":
@@ -112,3 +127,8 @@ class LMConfig(BaseConfig):
             if "model_type" not in self.hf_config:
                 raise ValueError("hf_config needs model_type, e.g. 'gpt2'")
         return self
+
+    @property
+    def run_name(self) -> str:
+        """The paper's library's name for the run."""
+        return f"{self.name}_lr-{self.train.lr}_bs-{self.train.batch_size}"

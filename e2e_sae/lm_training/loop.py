@@ -1,11 +1,9 @@
 """Trains a language model on next-token cross-entropy: one process, the same numbers for the same seed."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,7 +93,7 @@ def train_lm(
     train: LMTrainConfig,
     *,
     seed: int,
-    log_file: Path,
+    log: Callable[[Mapping[str, Any]], None],
     save: Callable[[int, TrainResult], None],
 ) -> TrainResult:
     """Trains `model` in place and saves it through `save(epoch, result so far)`.
@@ -103,7 +101,7 @@ def train_lm(
     Args:
         logits_of: the model as a function from tokens to logits.
         batches: one epoch; `train.n_epochs` of them are trained on.
-        log_file: gets one JSON line per `log_every_n_steps` optimizer steps and per evaluation.
+        log: gets one line per `log_every_n_steps` optimizer steps and per evaluation.
         save: called every `save_every_n_epochs` and at the end.
 
     Raises:
@@ -115,21 +113,21 @@ def train_lm(
     loss_of = _loss_function(logits_of, train.compile)
     begun = time.perf_counter()
     result = TrainResult(0, 0.0, None)
-    with log_file.open("a") as log, progress_bar(total=n_tokens, unit="tok", unit_scale=True) as bar:
+    with progress_bar(total=n_tokens, unit="tok", unit_scale=True) as bar:
         for epoch in range(1, train.n_epochs + 1):
             model.train()
             for tokens in epoch_batches(batches, train, seed, epoch - 1):
-                updates.add(loss_of(tokens))
+                updates.add(loss_of(tokens), len(tokens))
                 bar.update(tokens.numel())
                 if updates.is_log_step:
                     line = updates.log_line()
-                    bar.set_postfix_str(f"loss={line['loss']:.3f}")
-                    _write(log, {"epoch": epoch, "tokens": bar.n, **line})
+                    bar.set_postfix_str(f"loss={line['train_loss']:.3f}")
+                    log({"epoch": epoch, "tokens": bar.n, **line})
             if epoch == train.n_epochs or epoch % (train.save_every_n_epochs or train.n_epochs) == 0:
                 model.eval()
                 ce = held_out_ce(logits_of, eval_batches, train.batch_size) if eval_batches else None
                 result = TrainResult(int(bar.n), time.perf_counter() - begun, ce)
-                _write(log, {"epoch": epoch, "tokens": bar.n, "eval_ce": ce})
+                log({"samples": updates.n_samples, "epoch": epoch, "tokens": bar.n, "eval_ce": ce})
                 save(epoch, result)
     return result
 
@@ -145,11 +143,13 @@ class _Updates:
         self._schedule = _schedule(train, n_rows)
         self._n_batches = 0
         self._n_steps = 0
+        self.n_samples = 0
         self._losses: list[float] = []
         self.is_log_step = False
 
-    def add(self, loss: Float[Tensor, ""]) -> None:
+    def add(self, loss: Float[Tensor, ""], n_samples: int) -> None:
         """Adds a batch's gradient and, at the end of a group, does the optimizer step."""
+        self.n_samples += n_samples
         value = loss.item()
         if not math.isfinite(value):
             raise RunFailed(
@@ -165,10 +165,14 @@ class _Updates:
             self.is_log_step = self._n_steps % self._train.log_every_n_steps == 0
 
     def log_line(self) -> dict[str, int | float]:
-        """Returns the step, the mean loss since the last line, and the learning rate of the last step."""
+        """Returns samples, steps, the mean loss since the last line, and the learning rate of the last step.
+
+        Under the keys of the paper's library, whose `train_loss` is divided by the batches per step, and ours is not.
+        """
         line = {
-            "step": self._n_steps,
-            "loss": sum(self._losses) / len(self._losses),
+            "samples": self.n_samples,
+            "grad_updates": self._n_steps,
+            "train_loss": sum(self._losses) / len(self._losses),
             "lr": self._train.lr * self._schedule.factor(self._n_steps - 1),
         }
         self._losses.clear()
@@ -212,8 +216,3 @@ def _loss_function(logits_of: LogitsFn, is_compiled: bool) -> Callable[[Int[Tens
         return next_token_ce(logits_of(tokens), tokens)
 
     return torch.compile(loss_of, dynamic=False) if is_compiled else loss_of
-
-
-def _write(log: IO[str], line: dict[str, Any]) -> None:
-    log.write(json.dumps(line) + "\n")
-    log.flush()

@@ -1,6 +1,6 @@
 """From an `LMConfig` to a trained model on the disk."""
 
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ from e2e_sae.lm_training.output import (
 )
 from e2e_sae.log import logger
 from e2e_sae.seeds import seed_for
+from e2e_sae.tracked_run import tracked_run
+
+PILE_10K = "NeelNanda/pile-10k"
+"""A hub data set of 10,000 documents."""
 
 
 class TrainableLM(NamedTuple):
@@ -66,10 +70,8 @@ def run_lm_training(config: LMConfig) -> Path:
     eval_batches = None if eval_data is None else load(eval_data, "eval" if eval_data is train_data else "all")
     n_rows = n_rows_per_epoch(batches, config.train)
     n_params = sum(p.numel() for p in lm.model.parameters())
-    run_dir = make_run_dir(config)
-    logger.info(f"{n_params:,} parameters, {'?' if n_rows is None else n_rows} rows an epoch -> {run_dir}")
 
-    def save(epoch: int, result: TrainResult) -> None:
+    def save(run_dir: Path, epoch: int, result: TrainResult) -> None:
         if config.tlens_config is not None:
             path = run_dir / f"epoch_{epoch}.pt"
             save_hooked_model(path, lm.model)
@@ -81,17 +83,19 @@ def run_lm_training(config: LMConfig) -> Path:
         held_out = "" if result.eval_ce is None else f": held-out cross-entropy {result.eval_ce:.4f} nats/token"
         logger.info(f"epoch {epoch} of {config.train.n_epochs}{held_out} -> {path}")
 
-    train_lm(
-        lm.model,
-        lm.logits_of,
-        batches,
-        eval_batches,
-        config.train,
-        seed=config.seed,
-        log_file=run_dir / "metrics.jsonl",
-        save=save,
-    )
-    return run_dir
+    with tracked_run(config.train.save_dir, config.run_name, config, config.wandb_project) as run:
+        logger.info(f"{n_params:,} parameters, {'?' if n_rows is None else n_rows} rows an epoch -> {run.path}")
+        train_lm(
+            lm.model,
+            lm.logits_of,
+            batches,
+            eval_batches,
+            config.train,
+            seed=config.seed,
+            log=run.log,
+            save=partial(save, run.path),
+        )
+    return run.path
 
 
 def make_lm(config: LMConfig, train_data: DatasetConfig) -> TrainableLM:
@@ -134,7 +138,11 @@ def _make_tlens_lm(seed: int, tlens_config: dict[str, Any], train_data: DatasetC
 def data_configs(config: LMConfig) -> tuple[DatasetConfig, DatasetConfig | None]:
     """Returns what is trained on and what is evaluated on, the defaults filled in."""
     train = config.train_data
-    if train is None:
+    if train is None and config.tlens_config is not None:
+        # The paper's library knows no other data for such a config, and no longer rows.
+        n_ctx = min(_model_n_ctx(config), 1024)
+        train = DatasetConfig(dataset_name=PILE_10K, is_tokenized=False, streaming=False, n_ctx=n_ctx)
+    elif train is None:
         train = DatasetConfig(dataset_name=STDLIB_DATASET, is_tokenized=False, n_ctx=_model_n_ctx(config))
     if config.eval_data is not None:
         return train, config.eval_data
@@ -143,24 +151,6 @@ def data_configs(config: LMConfig) -> tuple[DatasetConfig, DatasetConfig | None]
     if train.dataset_name == STDLIB_DATASET and train.split == "train":
         return train, train.model_copy(update={"split": "eval"})
     return train, None
-
-
-def make_run_dir(config: LMConfig) -> Path:
-    """Makes `<save_dir>/<name>_lr-<lr>_bs-<batch_size>_<time>/` with `final_config.yaml` in it."""
-    train = config.train
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    base = train.save_dir / f"{config.name}_lr-{train.lr}_bs-{train.batch_size}_{stamp}"
-    for i in range(1, 1000):
-        run_dir = base if i == 1 else base.with_name(f"{base.name}_{i}")
-        try:
-            run_dir.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot make the run folder '{run_dir}': {error.strerror}") from None
-        (run_dir / "final_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        return run_dir
-    raise UserError(f"cannot find a free name for the run folder '{base}'")
 
 
 def _model_n_ctx(config: LMConfig) -> int:

@@ -1,6 +1,4 @@
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,10 +43,9 @@ class Bigram(nn.Module):
         return self.unembed(torch.relu(self.blocks[0](self.embed(tokens))))
 
 
-def train(tmp_path: Path, batches: Any = None, eval_batches: Any = None, **fields: Any) -> tuple[Bigram, list[Any]]:
+def train(batches: Any = None, eval_batches: Any = None, **fields: Any) -> tuple[Bigram, list[Any]]:
     model = Bigram()
-    log = tmp_path / "metrics.jsonl"
-    log.unlink(missing_ok=True)
+    lines: list[Any] = []
     train_lm(
         model,
         model,
@@ -56,10 +53,10 @@ def train(tmp_path: Path, batches: Any = None, eval_batches: Any = None, **field
         eval_batches,
         settings(**fields),
         seed=0,
-        log_file=log,
+        log=lines.append,
         save=lambda epoch, result: None,
     )
-    return model, [json.loads(line) for line in log.read_text().splitlines()]
+    return model, lines
 
 
 def test_the_cross_entropy_is_of_each_next_token():
@@ -121,32 +118,31 @@ def test_muon_gets_the_matrices_inside_blocks_and_adam_the_rest():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_the_model_learns_a_sequence_that_repeats(optimizer: str, tmp_path: Path):
-    _, lines = train(tmp_path, eval_batches=packed(), n_epochs=30, optimizer=optimizer, random_windows=True)
+def test_the_model_learns_a_sequence_that_repeats(optimizer: str):
+    _, lines = train(eval_batches=packed(), n_epochs=30, optimizer=optimizer, random_windows=True)
     # In `packed` a token follows from the one before; only the token after BOS is open (at most ln 10 / 3).
     assert lines[-1]["eval_ce"] < math.log(10) / 3 + 0.15
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path: Path):
-    first, second = (train(tmp_path, n_epochs=2, random_windows=True)[0] for _ in range(2))
+def test_the_same_seed_gives_the_same_weights():
+    first, second = (train(n_epochs=2, random_windows=True)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_accumulated_batches_are_one_step_of_their_mean(tmp_path: Path):
-    whole, _ = train(tmp_path, batch_size=4)
-    parts, _ = train(tmp_path, batch_size=2, effective_batch_size=4)
+def test_accumulated_batches_are_one_step_of_their_mean():
+    whole, _ = train(batch_size=4)
+    parts, _ = train(batch_size=2, effective_batch_size=4)
     # 13 rows: three whole groups each way; the 13th row makes a step of its own only where it is a whole group.
     assert len(packed().rows) == 13
-    whole_12, _ = train(tmp_path, packed(n_tokens=36), batch_size=4)
-    parts_12, _ = train(tmp_path, packed(n_tokens=36), batch_size=2, effective_batch_size=4)
+    whole_12, _ = train(packed(n_tokens=36), batch_size=4)
+    parts_12, _ = train(packed(n_tokens=36), batch_size=2, effective_batch_size=4)
     for a, b in zip(whole_12.parameters(), parts_12.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert not torch.equal(whole.embed.weight, parts.embed.weight)
 
 
-def test_the_log_has_mean_losses_rates_and_evaluations(tmp_path: Path):
+def test_the_log_has_mean_losses_rates_and_evaluations():
     _, lines = train(
-        tmp_path,
         packed(n_tokens=60),  # 20 rows, 10 steps
         packed(),
         warmup_samples=4,
@@ -154,15 +150,16 @@ def test_the_log_has_mean_losses_rates_and_evaluations(tmp_path: Path):
         log_every_n_steps=1,
         save_every_n_epochs=1,
     )
-    assert [line["step"] for line in lines[:-1]] == list(range(1, 11))
+    assert [line["grad_updates"] for line in lines[:-1]] == list(range(1, 11))
     # Two steps of warm-up, then 1 up to half of the run, then a line to zero that it would reach after the last step.
     expected = [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
     assert [line["lr"] / 1e-2 for line in lines[:-1]] == pytest.approx(expected)
-    assert lines[-1].keys() == {"epoch", "tokens", "eval_ce"}
+    assert lines[-1].keys() == {"samples", "epoch", "tokens", "eval_ce"}
+    assert lines[-1]["samples"] == 20
     assert lines[-1]["tokens"] == 80
 
 
-def test_models_are_saved_every_so_many_epochs_and_at_the_end(tmp_path: Path):
+def test_models_are_saved_every_so_many_epochs_and_at_the_end():
     saved: list[int] = []
     model = Bigram()
     train_lm(
@@ -172,26 +169,26 @@ def test_models_are_saved_every_so_many_epochs_and_at_the_end(tmp_path: Path):
         None,
         settings(n_epochs=5, save_every_n_epochs=2),
         seed=0,
-        log_file=tmp_path / "metrics.jsonl",
+        log=lambda line: None,
         save=lambda epoch, result: saved.append(epoch),
     )
     assert saved == [2, 4, 5]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
+def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(RunFailed, match="the loss is (nan|inf) at optimizer step [0-9]+: lower train.lr"):
-        train(tmp_path, lr=1e30, n_epochs=3)
+        train(lr=1e30, n_epochs=3)
 
 
-def test_clipping_bounds_the_gradient(tmp_path: Path):
+def test_clipping_bounds_the_gradient():
     # Adam forgets the gradient's scale except for its epsilon: a tiny norm leaves the weights almost still.
-    still, _ = train(tmp_path, max_grad_norm=1e-14)
+    still, _ = train(max_grad_norm=1e-14)
     assert (still.embed.weight - Bigram().embed.weight).abs().max() < 1e-6
 
 
-def test_a_cooldown_needs_data_of_known_length(tmp_path: Path):
+def test_a_cooldown_needs_data_of_known_length():
     stream = StreamedBatches(lambda: iter(np.ones((4, 4), dtype=np.int64)), 4, RowOrder())
     with pytest.raises(UserError, match="cooldown_fraction needs data of known length"):
-        train(tmp_path, stream, cooldown_fraction=0.5)
-    _, lines = train(tmp_path, stream, log_every_n_steps=1)
-    assert [line["step"] for line in lines[:-1]] == [1, 2]
+        train(stream, cooldown_fraction=0.5)
+    _, lines = train(stream, log_every_n_steps=1)
+    assert [line["grad_updates"] for line in lines[:-1]] == [1, 2]
