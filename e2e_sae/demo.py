@@ -1,6 +1,6 @@
 """`e2e-sae demo`: a local, an e2e and an e2e+ds SAE on the embedded model, a table and a figure of what came out.
 
-Everything is in the repository or in the running Python: the model in `demos/stdlib_gpt2`, its text is the
+Everything comes with the library or with the running Python: the model is `demos/stdlib_gpt2`, its text the
 standard library. The three runs differ in their loss alone.
 """
 
@@ -13,16 +13,13 @@ from typing import Any, NamedTuple
 from e2e_sae.config import Config
 from e2e_sae.errors import MissingFileError
 from e2e_sae.log import logger
+from e2e_sae.run_types import COLOURS
 from e2e_sae.settings import REPO_ROOT
 from e2e_sae.trackers import read_metrics
 from e2e_sae.train import train
 
 RUNS = {"local": "local.yaml", "e2e": "e2e.yaml", "e2e+ds": "e2e_ds.yaml"}
 """Type of each run, and its config in `demos/`."""
-COLOURS = {"local": "#0173b2", "e2e": "#de8f05", "e2e+ds": "#029e73"}
-"""Colour-blind safe (seaborn's `colorblind`), in the paper's order of types."""
-
-
 LESSON = """
 What to look for: at about the same L0, the local SAE reconstructs the activation it sits on best and still costs the
 model most; the e2e SAE keeps the output without keeping the activations; the e2e+ds SAE keeps the output and the later
@@ -53,26 +50,38 @@ class DemoRow(NamedTuple):
     """Where it is."""
 
 
-def run_demo(out_dir: str | Path = "out", demo_dir: Path | None = None, overrides: Sequence[str] = ()) -> list[DemoRow]:
+def demo_dir() -> Path:
+    """Returns the folder of the demo's configs and of the embedded model `stdlib_gpt2`.
+
+    Raises:
+        MissingFileError: neither a wheel's copy nor the repository's `demos/` is there.
+    """
+    package = Path(__file__).resolve().parent
+    places = [package / "demos", REPO_ROOT / "demos"]
+    for place in places:
+        if (place / "stdlib_gpt2").is_dir():
+            return place
+    raise MissingFileError(f"the demo's files are in neither '{places[0]}' nor '{places[1]}': install e2e_sae again")
+
+
+def run_demo(out_dir: str | Path = "out", configs: Path | None = None, overrides: Sequence[str] = ()) -> list[DemoRow]:
     """Trains the three SAEs, prints the table and the figure's path, and returns the table.
 
     Args:
         out_dir: where run folders and figure go.
-        demo_dir: folder with the three configs; None: the repository's `demos/`.
+        configs: folder with the three configs; None: `demo_dir()`.
         overrides: changes of all three configs.
 
     Raises:
-        MissingFileError: the configs are not there (an installation without the repository).
+        MissingFileError: the configs are not there.
     """
-    demo_dir = demo_dir or REPO_ROOT / "demos"
-    if not demo_dir.is_dir():
-        raise MissingFileError(f"'{demo_dir}' does not exist: the demo needs the repository, see README.md")
+    configs = configs or demo_dir()
     out_dir = Path(out_dir).resolve()
     rows: list[DemoRow] = []
     started = time.perf_counter()
     for n, (kind, file) in enumerate(RUNS.items(), 1):
-        logger.info(f"\n[{n}/{len(RUNS)}] {kind}: {demo_dir / file}")
-        config = Config.from_file(demo_dir / file, [*overrides, f"save_dir={out_dir}"])
+        logger.info(f"\n[{n}/{len(RUNS)}] {kind}: {configs / file}")
+        config = Config.from_file(configs / file, [*overrides, f"save_dir={out_dir}"])
         begun = time.perf_counter()
         run_dir = train(config)
         assert run_dir is not None, "the demo's runs are saved"
@@ -88,7 +97,7 @@ def run_demo(out_dir: str | Path = "out", demo_dir: Path | None = None, override
     # As it was called: the environment's commands need not be on the PATH.
     command = sys.argv[0] if Path(sys.argv[0]).name == "e2e-sae" else "e2e-sae"
     logger.info(f"next: {command} evaluate '{rows[0].run_dir}'")
-    logger.info(f"      {command} train {demo_dir / RUNS['e2e+ds']} --set n_samples=20000")
+    logger.info(f"      {command} train {configs / RUNS['e2e+ds']} --set n_samples=20000")
     return rows
 
 

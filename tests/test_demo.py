@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e_sae.demo import COLOURS, RUNS, DemoRow, run_demo, table
+from e2e_sae import demo
+from e2e_sae.demo import COLOURS, RUNS, DemoRow, demo_dir, run_demo, table
 from e2e_sae.errors import MissingFileError
 from e2e_sae.trackers import read_metrics
 
@@ -36,6 +37,33 @@ def test_the_table_is_aligned():
     assert lines[2].split()[1] == "123.4"
 
 
-def test_without_the_repository_the_demo_says_so(tmp_path: Path):
-    with pytest.raises(MissingFileError, match="the demo needs the repository, see README.md"):
-        run_demo(tmp_path, demo_dir=tmp_path / "nowhere")
+def _package_at(folder: Path, *demos: Path) -> Path:
+    """Makes empty demo folders and returns the place of an imagined `e2e_sae/demo.py` in `folder`."""
+    for place in demos:
+        (place / "stdlib_gpt2").mkdir(parents=True)
+    return folder / "e2e_sae" / "demo.py"
+
+
+def test_an_installed_demo_comes_before_a_folder_demos_beside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shipped, beside = tmp_path / "e2e_sae" / "demos", tmp_path / "demos"
+    monkeypatch.setattr(demo, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(demo, "__file__", str(_package_at(tmp_path, beside)))
+    assert demo_dir() == beside
+    _package_at(tmp_path, shipped)
+    assert demo_dir() == shipped
+
+
+def test_another_packages_folder_demos_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "demos").mkdir()
+    monkeypatch.setattr(demo, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr(demo, "__file__", str(_package_at(tmp_path)))
+    with pytest.raises(MissingFileError, match="the demo's files are in neither .*: install e2e_sae again"):
+        run_demo(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_clones_demo_dir_holds_what_the_demo_runs(repo: Path):
+    assert demo_dir() == repo / "demos"
+    assert all((demo_dir() / file).is_file() for file in RUNS.values())

@@ -15,9 +15,11 @@ LAYERS = [
     # Ground: no torch, nothing at import.
     "errors",
     "settings",
+    "lazy",
     "log",
     "progress",
     "interrupts",
+    "wandb_session",
     "seeds",
     "types",
     "base_config",
@@ -37,11 +39,17 @@ LAYERS = [
     # The whole run as data. What a model is, as settings, stands above the code that loads one.
     "models.lm_config",
     "config",
+    "run_types",
     "checkpoint",
+    "convert",
+    "token_dataset",
     "trackers",
+    "wandb_tracker",
+    "tracked_run",
     # The language model and everything that runs it.
     "models",
     "lm_training",
+    "mlp_training",
     "evaluate",
     # A run: its members, how it begins, the loop, its summary.
     "member",
@@ -49,9 +57,15 @@ LAYERS = [
     "setup",
     "evaluate_run",
     "train",
+    "plotting",
     "sweeps",
     "demo",
     "new_config",
+    # Import paths of the paper's library.
+    "legacy",
+    "loader",
+    "utils",
+    "models.sparsifiers",
     # Commands.
     "scripts",
 ]

@@ -53,10 +53,23 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser(
-        "demo", parents=[debug], help="train a local, an e2e and an e2e+ds SAE on the embedded model"
+        "demo", parents=[overrides, debug], help="train a local, an e2e and an e2e+ds SAE on the embedded model"
     )
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: ./out")
     demo.set_defaults(run=_demo)
+
+    convert = commands.add_parser("convert", parents=[debug], help="write a run in another library's format")
+    convert.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder or checkpoint of any known format")
+    convert.add_argument("--to", choices=["legacy"], required=True, help="legacy: the paper's library")
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    convert.set_defaults(run=_convert)
+
+    sweep = commands.add_parser("sweep", parents=[overrides, debug], help="run W&B sweep files here, without W&B")
+    sweep.add_argument("files", nargs="+", type=Path, metavar="SWEEP", help="YAML as for `wandb sweep`")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="default: ./out/sweeps/<names of the files>")
+    sweep.add_argument("--count", type=int, metavar="N", help="runs of each sweep at most")
+    sweep.set_defaults(run=_sweep)
 
     new_config = commands.add_parser("new-config", parents=[debug], help="write a commented minimal config for a model")
     new_config.add_argument("model", metavar="NAME_OR_FOLDER", help="hub name or Hugging Face folder")
@@ -93,7 +106,20 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from e2e_sae.demo import run_demo
 
-    run_demo(args.out)
+    run_demo(args.out, overrides=args.overrides)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from e2e_sae.convert import convert_to_legacy
+
+    folder = convert_to_legacy(args.run_dir, args.out)
+    print(f"wrote {', '.join(sorted(file.name for file in folder.iterdir()))} to {folder}")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from e2e_sae.sweeps.run import run_sweeps
+
+    run_sweeps(args.files, out=args.out, jobs=args.jobs, overrides=args.overrides, count=args.count)
 
 
 def _new_config(args: argparse.Namespace) -> None:

@@ -74,11 +74,11 @@ def test_evaluate_refuses_a_json_file_in_a_folder_that_is_not_there_before_worki
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_demo_passes_on_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders: list[Path] = []
-    _install_module(monkeypatch, "e2e_sae.demo", run_demo=folders.append)
-    assert main(["demo"]) == main(["demo", "--out", "elsewhere"]) == 0
-    assert folders == [Path("out"), Path("elsewhere")]
+def test_demo_passes_on_its_folder_and_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Path, list[str]]] = []
+    _install_module(monkeypatch, "e2e_sae.demo", run_demo=lambda out, overrides: calls.append((out, overrides)))
+    assert main(["demo"]) == main(["demo", "--out", "elsewhere", "--set", "n_samples=8"]) == 0
+    assert calls == [(Path("out"), []), (Path("elsewhere"), ["n_samples=8"])]
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "demo", "new-config"])
