@@ -4,10 +4,13 @@
 #   make install CONSTRAINTS=other.txt  other pinned versions
 #   make install PIP_FLAGS='...'        anything else pip should know (README: CUDA, CPU-only wheels)
 #   make test PYTEST_ARGS='-k runner'   a part of the tests
+#
+# The notebook demos/train_saes.ipynb opens in any Jupyter whose kernel is .venv (`make install-dev` brings ipykernel);
+# one to go with it: .venv/bin/pip install jupyterlab && .venv/bin/jupyter lab demos
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-all test-smoke test-tl3 format check type bench clean
+.PHONY: help install install-dev hooks demo test test-all test-smoke test-tl3 format check type bench clean
 
 # The first Python >= 3.11 that runs (a pyenv shim may exist and still refuse).
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -23,7 +26,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-SOURCES := e2e_sae tests $(wildcard benchmarks)
+SOURCES := e2e_sae tests setup.py $(wildcard benchmarks)
 
 # $(call make-venv,FOLDER): an empty virtual environment, or a clear message about the Python at hand.
 define make-venv
@@ -56,6 +59,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS)
 	$(call make-venv,$(VENV))
 	$(call pip-install,$(VENV),$(CONSTRAINTS),torch==2.13.0 -e '.[dev]')
+	@$(MAKE) --no-print-directory hooks
 	@touch $(VENV)/.installed $@
 
 $(VENV_TL3)/.installed-dev: pyproject.toml constraints-tl3.txt
@@ -66,6 +70,12 @@ $(VENV_TL3)/.installed-dev: pyproject.toml constraints-tl3.txt
 install: $(VENV)/.installed ## the library in .venv, pinned versions
 
 install-dev: $(VENV)/.installed-dev ## the same with test and lint tools
+
+# For .venv only: other environments come and go, and the hook names its Python. Not being able to is no error.
+hooks: ## run `make check` before each git commit (`make install-dev` does this)
+	@if [ "$(VENV)" = .venv ] && [ -e .git ]; then \
+		if git config --get core.hooksPath >/dev/null; then echo "note: core.hooksPath is set, no git hook installed"; \
+		else $(BIN)/python -m pre_commit install || echo "note: no git hook installed"; fi; fi
 
 demo: install ## train a local, an e2e and an e2e+ds SAE on the embedded model (about 5 minutes)
 	@$(BIN)/e2e-sae demo
