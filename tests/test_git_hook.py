@@ -12,7 +12,8 @@ import yaml
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIG = REPO / ".pre-commit-config.yaml"
-ENV = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "COV_", "MAKE"))}
+# `make test VENV=...` exports its own variables.
+ENV = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "COV_", "MAKE", "MFLAGS", "VENV"))}
 
 
 def _run(*command: str, cwd: Path) -> str:
