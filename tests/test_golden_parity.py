@@ -115,7 +115,7 @@ def test_gradients_of_the_first_batch(case: str, golden: Path, shared: Path):
 
 
 def test_e2e_ds_amplifies_rounding(golden: Path):
-    """Two runs of ours whose initial SAEs differ by 1e-7 part by more than 1e-3: so may any two implementations."""
+    """Two runs of ours whose initial SAEs differ by 1e-6 part by more than 1e-3: so may any two implementations."""
 
     def losses(noise: float) -> list[float]:
         parts = set_up(Config.from_file(golden / "e2e_ds.yaml", ["save_dir=null"]))
@@ -130,7 +130,7 @@ def test_e2e_ds_amplifies_rounding(golden: Path):
             parts.member.step(step)
         return found
 
-    plain, moved = losses(0.0), losses(1e-7)
+    plain, moved = losses(0.0), losses(1e-6)
     differences = [abs(a - b) / a for a, b in zip(plain, moved, strict=True)]
-    assert differences[0] < 1e-6
+    assert differences[0] < 1e-5
     assert max(differences[4:]) > 1e-3
