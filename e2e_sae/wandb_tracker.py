@@ -186,14 +186,16 @@ def start_wandb(project: str | None, known: WandbRunId | None = None) -> WandbTr
     errors = wandb_errors()
     try:
         wandb = quiet_wandb()
-        settings = wandb.setup().settings
-        if settings.mode == "disabled":
+        # wandb reads the environment once in a process, and a notebook may change its mind.
+        mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+        if mode == "disabled":
             return None
         run = wandb.init(
             project=known.project if known else project,
             entity=known.entity if known else os.environ.get("WANDB_ENTITY") or None,
             id=known.id if known else None,
             resume="allow" if known else None,
+            mode=mode,
             save_code=True,
             settings=wandb.Settings(
                 init_timeout=START_TIMEOUT_S,
