@@ -5,9 +5,10 @@ activation's width last.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -80,6 +81,49 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
+class Head:
+    """How logits follow from what enters the unembedding: z = h W_U + b_U, then c tanh(z / c) with a soft cap c."""
+
+    W_U: Float[Tensor, "d_model d_vocab"]
+    """The unembedding."""
+    b_U: Float[Tensor, " d_vocab"] | None = None
+    """Its bias."""
+    soft_cap: float | None = None
+    """c; None: no cap."""
+
+    def logits(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Returns the logits."""
+        logits = F.linear(hidden, self.W_U.T, self.b_U)
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+@dataclass(frozen=True)
+class Output:
+    """The end of a run of the model, with the logits still to be computed: all of them, or some rows at a time."""
+
+    hidden: Float[Tensor, "batch pos d_out"]
+    """What enters the unembedding; without a head, the logits."""
+    head: Head | None = None
+    """The unembedding; None: `hidden` are the logits."""
+
+    @property
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
+        """All logits at once."""
+        return self.hidden if self.head is None else self.head.logits(self.hidden)
+
+    @property
+    def d_vocab(self) -> int:
+        """Size of the vocabulary."""
+        return self.hidden.shape[-1] if self.head is None else self.head.W_U.shape[1]
+
+    def rows(self, rows: slice) -> Float[Tensor, "rows d_vocab"]:
+        """Returns the logits of some tokens, counted through the whole batch, in at least float32."""
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
+        logits = hidden if self.head is None else self.head.logits(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
 class Pass:
     """One run of the model on one batch, clean or spliced."""
 
@@ -89,8 +133,15 @@ class Pass:
     """Activations that were asked for, by hook name."""
     sae_acts: dict[str, SAEActs] = field(default_factory=dict)
     """What each SAE saw and made, by the name of its position. Empty in a clean pass."""
-    logits: Float[Tensor, "batch pos d_vocab"] | None = None
-    """Output of the model; None when the run stopped before it."""
+    output: Output | None = None
+    """The model's output; None when the run stopped before it."""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """What whole modules returned, by their path: what later runs of the same batch need not compute again."""
+
+    @property
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"] | None:
+        """All logits; None when the run stopped before them. Large: losses and metrics take `output` in chunks."""
+        return None if self.output is None else self.output.logits
 
     def at(self, name: str) -> Float[Tensor, "batch pos ..."]:
         """Returns the activation at a hook point; at an SAE's position, what the SAE read."""

@@ -70,8 +70,8 @@ class Measurements:
         """Adds a batch's cross-entropies with the positions ablated: two more runs of the model."""
         batch = clean.batch
         for how in ABLATIONS:
-            logits = run_ablated(model, clean, positions, how)
-            self._ablated_ce.update({how: Mean(*next_token_ce(logits, batch.tokens, batch.counted))})
+            output = run_ablated(model, clean, positions, how)
+            self._ablated_ce.update({how: Mean(*next_token_ce(output, batch.tokens, batch.counted))})
 
     def compute(self) -> dict[str, float]:
         """Returns all metrics by log key; waits for the device."""
@@ -141,8 +141,8 @@ def evaluate(
     try:
         n_seen = 0
         for batch in progress_bar(batches, total=n_batches, desc="evaluating", inner=True):
-            clean = run_clean(lm, batch, clean_names(saes, names))
-            spliced = run_spliced(lm, batch, saes, names)
+            clean = run_clean(lm, batch, clean_names(saes, names), reuse=[saes])
+            spliced = run_spliced(lm, batch, saes, names, clean)
             values = {key: mean for term in terms for key, mean in term.values(clean, spliced).items()}
             measurements.update(clean, spliced, values)
             measurements.update_ablated(lm, clean, model.positions)

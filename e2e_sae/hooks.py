@@ -59,6 +59,15 @@ def is_after_blocks(hook_name: str) -> bool:
     return hook_name.startswith(("ln_final.", "unembed.", "hook_unembed"))
 
 
+def is_in_unembedding(hook_name: str) -> bool:
+    """Returns whether a hook point is inside the unembedding.
+
+    >>> is_in_unembedding("unembed.hook_in"), is_in_unembedding("ln_final.hook_normalized")
+    (True, False)
+    """
+    return hook_name.startswith(("unembed.", "hook_unembed"))
+
+
 def sae_key(hook_name: str) -> str:
     """Returns the name under which a module container keeps the SAE of a hook point (no dots allowed there).
 
@@ -153,6 +162,24 @@ def is_later(hook_name: str, other: str) -> bool:
     """
     # Points outside the tables have no known place inside their block: taken for later.
     return hook_name != other and _rank(hook_name)[:2] >= _rank(other)[:2]
+
+
+def is_ranked(hook_name: str) -> bool:
+    """Returns whether the place of a hook point in the order of the computation is known exactly.
+
+    >>> is_ranked("blocks.1.hook_mlp_out"), is_ranked("blocks.1.attn.hook_pattern")
+    (True, False)
+    """
+    return _rank(hook_name)[1] != _UNRANKED
+
+
+def in_block(point: str) -> int:
+    """Returns the place of a point in its block (its name without `blocks.<i>.`), in the order of the computation.
+
+    >>> in_block("hook_resid_pre") < in_block("hook_mlp_out")
+    True
+    """
+    return _IN_BLOCK.index(point)
 
 
 def check_per_token(model: Any, hook_names: Iterable[str]) -> None:

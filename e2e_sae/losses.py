@@ -180,9 +180,9 @@ class LogitsKLLoss(LossTerm):
 
     def values(self, clean: Pass, spliced: Pass) -> dict[str, Mean]:
         """Returns `logits_kl`."""
-        if clean.logits is None or spliced.logits is None:
+        if clean.output is None or spliced.output is None:
             return {}
-        total = kl_sum(clean.logits, spliced.logits, spliced.batch.counted)
+        total = kl_sum(clean.output, spliced.output, spliced.batch.counted)
         return {"logits_kl": Mean(total, spliced.batch.n_counted)}
 
     @property

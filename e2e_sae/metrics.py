@@ -69,10 +69,10 @@ def output_metrics(clean: Pass, spliced: Pass, m: Mode) -> dict[str, Mean]:
     compares a position's prediction with that same position's token. Newer keys: `ce_increase` is spliced minus
     clean, in nats per token; `*_next_token_accuracy` compares with the token that follows.
     """
-    if clean.logits is None or spliced.logits is None:
+    if clean.output is None or spliced.output is None:
         return {}
     batch = spliced.batch
-    r = compare_logits(clean.logits, spliced.logits, batch.tokens, batch.counted)
+    r = compare_logits(clean.output, spliced.output, batch.tokens, batch.counted)
     n, n_next = r.n_tokens, r.n_predictions
     p = f"performance/{m}"
     return {

@@ -81,7 +81,7 @@ class Trainer:
         started_at, started = self.state.n_samples, time.perf_counter()
         with stop_requests() as stop, self._bar() as bar:
             for group, is_last in with_last(self._groups()):
-                loss = self._train_step(group, is_last)
+                loss = self.train_step(group, is_last)
                 n_tokens = (self.state.n_samples - started_at) * self.train_batches.n_ctx
                 rate = n_tokens / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
@@ -94,15 +94,16 @@ class Trainer:
                 if stop:
                     raise Interrupted(stop.signum or 0, self.members[0].run_dir and self.members[0].run_dir.path)
 
-    def _train_step(self, group: list[TokenBatch], is_last: bool) -> float:
-        """Makes one optimizer step from its batches and returns the last batch's loss."""
+    def train_step(self, group: list[TokenBatch], is_last: bool) -> float:
+        """Makes one optimizer step from its batches, logs what is due, and returns the last batch's loss."""
         n_counted = sum(batch.n_counted for batch in group)
         loss = float("nan")
         for i, batch in enumerate(group):
             is_first, ends_step = self.state.n_samples == 0, i == len(group) - 1
             want_logits = any(member.wants_logits for member in self.members)
             names = list(dict.fromkeys(name for member in self.members for name in member.clean_names))
-            clean = run_clean(self.lm, batch, names, want_logits=want_logits)
+            reuse = [member.model.positions for member in self.members if member.wants_logits]
+            clean = run_clean(self.lm, batch, names, want_logits=want_logits, reuse=reuse)
             weight = batch.n_counted / n_counted if n_counted else 0.0
             results = [member.backward(clean, weight, self.state.n_steps) for member in self.members]
             lrs = [member.lr_at(self.state.n_steps) for member in self.members]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from e2e_sae.acts import Pass, SAEActs, TokenBatch
+from e2e_sae.acts import Output, Pass, SAEActs, TokenBatch
 from e2e_sae.errors import UserError
 from e2e_sae.losses import (
     InToOrigLoss,
@@ -29,8 +29,10 @@ def passes(counted: Tensor | None = None, dtype: torch.dtype = torch.float64) ->
 
     batch = TokenBatch(torch.zeros(2, 3, dtype=torch.long), counted, 6 if counted is None else int(counted.sum()))
     acts = SAEActs(draw(4).requires_grad_(), draw(5).relu().requires_grad_(), draw(4).requires_grad_())
-    clean = Pass(batch, acts={P: draw(4), Q: draw(4)}, logits=draw(6))
-    spliced = Pass(batch, acts={Q: draw(4).requires_grad_()}, sae_acts={P: acts}, logits=draw(6).requires_grad_())
+    clean = Pass(batch, acts={P: draw(4), Q: draw(4)}, output=Output(draw(6)))
+    spliced = Pass(
+        batch, acts={Q: draw(4).requires_grad_()}, sae_acts={P: acts}, output=Output(draw(6).requires_grad_())
+    )
     return clean, spliced
 
 
@@ -106,12 +108,12 @@ def test_a_mask_equals_leaving_the_tokens_out(term: LossTerm):
     batch = TokenBatch(torch.zeros(4, 1, dtype=torch.long), None, 4)
     assert clean.logits is not None
     assert spliced.logits is not None
-    small_clean = Pass(batch, acts={k: only(v) for k, v in clean.acts.items()}, logits=only(clean.logits))
+    small_clean = Pass(batch, acts={k: only(v) for k, v in clean.acts.items()}, output=Output(only(clean.logits)))
     small = Pass(
         batch,
         acts={Q: only(spliced.acts[Q])},
         sae_acts={P: SAEActs(*(only(x) for x in spliced.sae_acts[P]))},
-        logits=only(spliced.logits),
+        output=Output(only(spliced.logits)),
     )
     expected, _ = weighted_loss([term], small_clean, small)
     torch.testing.assert_close(total, expected)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from e2e_sae.acts import Mean, Pass, SAEActs, TokenBatch
+from e2e_sae.acts import Mean, Output, Pass, SAEActs, TokenBatch
 from e2e_sae.losses import InToOrigLoss, OutToInLoss
 from e2e_sae.metrics import (
     FiringCounts,
@@ -52,7 +52,7 @@ def test_output_metrics_by_hand():
     clean = torch.stack([sure, sure])[None]
     spliced = torch.stack([sure.flip(0), sure])[None]
     batch = TokenBatch(torch.tensor([[1, 0]]), None, 2)
-    means = output_metrics(Pass(batch, logits=clean), Pass(batch, logits=spliced), "eval")
+    means = output_metrics(Pass(batch, output=Output(clean)), Pass(batch, output=Output(spliced)), "eval")
     values = {key.removeprefix("performance/eval/"): mean.value.item() for key, mean in means.items()}
     expected = {
         "orig_model_ce_loss": math.log(4 / 3),  # the only prediction is of token 0 at position 0

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from e2e_sae.acts import Mean, Pass, TokenBatch
+from e2e_sae.acts import Mean, Output, Pass, TokenBatch
 from e2e_sae.data.batches import load_token_batches
 from e2e_sae.data.dataset_config import DatasetConfig
 from e2e_sae.evaluate import token_batches
@@ -145,7 +145,7 @@ def collect_act_frequency_metrics(
 
 
 def _logits(tokens: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch pos vocab"]) -> Pass:
-    return Pass(TokenBatch(tokens, None, tokens.numel()), logits=logits)
+    return Pass(TokenBatch(tokens, None, tokens.numel()), output=Output(logits))
 
 
 def _floats(means: Mapping[str, Mean]) -> dict[str, float]:

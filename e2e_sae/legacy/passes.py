@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from e2e_sae.acts import CacheActs, Pass, SAEActs, TokenBatch
+from e2e_sae.acts import CacheActs, Output, Pass, SAEActs, TokenBatch
 
 NewActs = Mapping[str, SAEActs | CacheActs]
 """What `SAETransformer.forward` returns: by hook name, what an SAE saw and made, or an activation."""
@@ -14,7 +14,8 @@ NewActs = Mapping[str, SAEActs | CacheActs]
 
 def clean_pass(acts: Mapping[str, Tensor], logits: Float[Tensor, "batch pos vocab"] | None = None) -> Pass:
     """Returns the clean pass that these activations are from."""
-    return Pass(_batch_like([*acts.values(), logits]), acts={k: v.detach() for k, v in acts.items()}, logits=logits)
+    batch = _batch_like([*acts.values(), logits])
+    return Pass(batch, acts={name: act.detach() for name, act in acts.items()}, output=_output(logits))
 
 
 def spliced_pass(acts: NewActs, logits: Float[Tensor, "batch pos vocab"] | None = None) -> Pass:
@@ -23,8 +24,12 @@ def spliced_pass(acts: NewActs, logits: Float[Tensor, "batch pos vocab"] | None 
         _batch_like([*(each.input for each in acts.values()), logits]),
         acts={name: each.input for name, each in acts.items() if isinstance(each, CacheActs)},
         sae_acts={name: each for name, each in acts.items() if isinstance(each, SAEActs)},
-        logits=logits,
+        output=_output(logits),
     )
+
+
+def _output(logits: Float[Tensor, "batch pos vocab"] | None) -> Output | None:
+    return None if logits is None else Output(logits)
 
 
 def _batch_like(tensors: list[Tensor | None]) -> TokenBatch:

@@ -4,7 +4,7 @@ A pass does no more than it is asked for: without logits it ends as soon as ever
 Nothing here knows a loss; every hook lives in a `with` block.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -12,7 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from e2e_sae.acts import Pass, Position, SAEActs, TokenBatch
+from e2e_sae.acts import Output, Pass, Position, SAEActs, TokenBatch
+from e2e_sae.hooks import is_in_unembedding
+from e2e_sae.models.fast_blocks import can_fuse, fast_blocks
+from e2e_sae.models.head import head_of, run_to_unembedding
+from e2e_sae.models.prefix import Replayed, recording, replaying, shared_prefix, skipped_points
 from e2e_sae.models.splicing import SpliceFunction, splice
 from e2e_sae.saes.base import SAE
 
@@ -24,13 +28,33 @@ class _Enough(Exception):
     """Raised inside a hook to end a forward pass whose rest nobody needs."""
 
 
-def run_model(model: nn.Module, batch: TokenBatch) -> Float[Tensor, "batch pos d_vocab"]:
-    """Returns the model's logits."""
-    return model(batch.tokens, return_type="logits")
+def run_model(model: nn.Module, batch: TokenBatch, names: Iterable[str] = (), *, fused: bool = True) -> Output:
+    """Runs the model; the logits are computed where they are used.
+
+    Args:
+        model: a TransformerLens model.
+        batch: token rows.
+        names: hook points that must fire.
+        fused: False: exactly TransformerLens' own computation, to the last bit.
+    """
+    if not fused:
+        return Output(model(batch.tokens, return_type="logits"))
+    head = None if any(is_in_unembedding(name) for name in names) else head_of(model)
+    with fast_blocks(model):
+        if head is None:
+            return Output(model(batch.tokens, return_type="logits"))
+        return Output(run_to_unembedding(model, batch.tokens), head)
 
 
 @torch.no_grad()
-def run_clean(model: nn.Module, batch: TokenBatch, names: Sequence[str], *, want_logits: bool = True) -> Pass:
+def run_clean(
+    model: nn.Module,
+    batch: TokenBatch,
+    names: Sequence[str],
+    *,
+    want_logits: bool = True,
+    reuse: Iterable[Collection[Position]] = (),
+) -> Pass:
     """Runs the model as it is, without gradients.
 
     Args:
@@ -38,6 +62,7 @@ def run_clean(model: nn.Module, batch: TokenBatch, names: Sequence[str], *, want
         batch: token rows.
         names: hook points whose activations are kept.
         want_logits: False: stop as soon as the activations are there.
+        reuse: the positions of each spliced pass that will follow: what comes before them is kept for it.
     """
     acts: dict[str, Tensor] = {}
 
@@ -53,14 +78,30 @@ def run_clean(model: nn.Module, batch: TokenBatch, names: Sequence[str], *, want
     wanted = dict.fromkeys(names)
     if not wanted and not want_logits:
         return Pass(batch)
-    logits: Tensor | None = None
-    with splice(model, [(name, keep(name)) for name in wanted]), suppress(_Enough):
-        logits = run_model(model, batch)
+    _get_ready(model)
+    output: Output | None = None
+    outputs: dict[str, Any] = {}
+    prefixes = [shared_prefix(model, _reads(positions)) for positions in reuse]
+    modules = dict.fromkeys(replayed.module for prefix in prefixes for replayed in prefix)
+    with (
+        recording(model, list(modules), outputs),
+        splice(model, [(name, keep(name)) for name in wanted]),
+        suppress(_Enough),
+    ):
+        output = run_model(model, batch, wanted)
     _check_fired(acts, wanted)
-    return Pass(batch, acts=acts, logits=logits if want_logits else None)
+    return Pass(batch, acts=acts, output=output if want_logits else None, outputs=outputs)
 
 
-def run_spliced(model: nn.Module, batch: TokenBatch, saes: SAEsAt, names: Sequence[str] = ()) -> Pass:
+def run_spliced(
+    model: nn.Module,
+    batch: TokenBatch,
+    saes: SAEsAt,
+    names: Sequence[str] = (),
+    clean: Pass | None = None,
+    *,
+    fused: bool = True,
+) -> Pass:
     """Runs the model with every SAE's output in the place of its activation, with gradients if they are on.
 
     All SAEs are in at once, so that a later one reads what the earlier ones have changed.
@@ -70,16 +111,29 @@ def run_spliced(model: nn.Module, batch: TokenBatch, saes: SAEsAt, names: Sequen
         batch: token rows.
         saes: what to splice in.
         names: further hook points whose activations are kept.
+        clean: the batch's clean pass, made with `reuse` of these positions (and with the `names` before them among
+            its own): what comes before the SAEs is then not computed again. None: everything is.
+        fused: False: exactly TransformerLens' own computation, to the last bit.
     """
+    if fused:
+        _get_ready(model)
     acts: dict[str, Tensor] = {}
     sae_acts: dict[str, SAEActs] = {}
     cached = [name for name in dict.fromkeys(names) if name not in {p.name for p in saes}]
-    functions = [*((name, recorder(acts, name)) for name in cached), *splice_functions(saes, sae_acts)]
-    with splice(model, functions):
-        logits = run_model(model, batch)
+    prefix = _prefix(model, saes, clean)
+    skipped = skipped_points(model, prefix)
+    for name in cached:
+        if clean is not None and name in skipped:
+            acts[name] = clean.at(name)
+    functions = [(name, recorder(acts, name)) for name in cached if name not in acts]
+    with (
+        replaying(model, prefix, clean.outputs if clean is not None else {}),
+        splice(model, [*functions, *splice_functions(saes, sae_acts)]),
+    ):
+        output = run_model(model, batch, [*cached, *(p.name for p in saes)], fused=fused)
     _check_fired(acts.keys() | sae_acts.keys(), [*cached, *(p.name for p in saes)])
     ordered = {position.name: sae_acts[position.name] for position in saes}
-    return Pass(batch, acts=acts, sae_acts=ordered, logits=logits)
+    return Pass(batch, acts=acts, sae_acts=ordered, output=output)
 
 
 def run_local(clean: Pass, saes: SAEsAt) -> Pass:
@@ -94,12 +148,11 @@ def run_local(clean: Pass, saes: SAEsAt) -> Pass:
 
 
 @torch.no_grad()
-def run_ablated(
-    model: nn.Module, clean: Pass, positions: Sequence[Position], how: Literal["zero", "mean"]
-) -> Float[Tensor, "batch pos d_vocab"]:
-    """Returns the logits with the activation at every position replaced by zeros, or by its mean.
+def run_ablated(model: nn.Module, clean: Pass, positions: Sequence[Position], how: Literal["zero", "mean"]) -> Output:
+    """Returns the output with the activation at every position replaced by zeros, or by its mean.
 
-    The mean is over the counted tokens of this batch's clean activation.
+    The mean is over the counted tokens of this batch's clean activation. What comes before the positions is taken
+    from the clean pass if that kept it (`reuse`).
     """
 
     def replacement(name: str) -> SpliceFunction:
@@ -109,8 +162,13 @@ def run_ablated(
         mean = kept.mean(0) if clean.batch.counted is not None else kept.mean((0, 1))
         return lambda activation: mean.expand_as(activation).clone()
 
-    with splice(model, [(position.write, replacement(position.write)) for position in positions]):
-        return run_model(model, clean.batch)
+    _get_ready(model)
+    prefix = _prefix(model, positions, clean)
+    with (
+        replaying(model, prefix, clean.outputs),
+        splice(model, [(position.write, replacement(position.write)) for position in positions]),
+    ):
+        return run_model(model, clean.batch, [position.write for position in positions])
 
 
 def apply_sae(sae: SAE, x: Float[Tensor, "*tokens d_in"]) -> SAEActs:
@@ -155,6 +213,23 @@ def recorder(acts: dict[str, Tensor], name: str) -> SpliceFunction:
         acts[name] = activation
 
     return look
+
+
+def _prefix(model: nn.Module, positions: Collection[Position], clean: Pass | None) -> list[Replayed]:
+    """Returns what need not run again: nothing, if the clean pass did not keep all of it."""
+    prefix = shared_prefix(model, _reads(positions))
+    kept = clean is not None and all(replayed.module in clean.outputs for replayed in prefix)
+    return prefix if kept else []
+
+
+def _reads(positions: Collection[Position]) -> list[str]:
+    return [position.read for position in positions]
+
+
+def _get_ready(model: nn.Module) -> None:
+    """Lets the model be looked at once, before there are hooks in it."""
+    head_of(model)
+    can_fuse(model)
 
 
 def _check_fired(fired: Any, wanted: Any) -> None:

@@ -174,7 +174,7 @@ class SAETransformer(nn.Module):
         if orig_acts is not None:
             spliced = run_local(Pass(batch, acts=dict(orig_acts)), saes)
         else:
-            spliced = run_spliced(self.tlens_model, batch, saes, list(cache_positions or []))
+            spliced = run_spliced(self.tlens_model, batch, saes, list(cache_positions or []), fused=False)
         cached = {name: CacheActs(activation) for name, activation in spliced.acts.items()}
         return spliced.logits, {**spliced.sae_acts, **cached}
 

@@ -98,12 +98,15 @@ def test_loss_and_every_gradient_equal_those_of_two_full_passes(family: str, mod
         x, c, y, a = (seen[f"{letter} {name}"] for letter in "xcya")
         expected = expected + 0.7 * c.sum(-1).mean() / x.shape[-1] + 0.4 * mse(y, a) + 0.6 * mse(y, x)
     expected.backward()
-    torch.testing.assert_close(total, expected)
+    # On a bridge, transformers' own Llama computes its norms and its softmax in float32.
+    exact = not (family == "llama" and is_bridge(model))
+    tolerance: dict[str, Any] = {} if exact else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(total, expected, **tolerance)
     for position in positions:
         for mine, twin in zip(ours[position].parameters(), theirs[position].parameters(), strict=True):
             assert mine.grad is not None
             assert mine.grad.abs().max() > 0
-            torch.testing.assert_close(mine.grad, twin.grad)
+            torch.testing.assert_close(mine.grad, twin.grad, **tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -253,7 +256,7 @@ def test_ablation_writes_zeros_or_the_mean_over_counted_tokens(masked: bool, mod
     for how, value in values.items():
         with model.hooks(fwd_hooks=[(PRE, lambda x, hook, value=value: value.expand_as(x))]):
             expected = model(tokens, return_type="logits")
-        torch.testing.assert_close(run_ablated(model, clean, [Position(PRE, PRE)], how), expected)
+        torch.testing.assert_close(run_ablated(model, clean, [Position(PRE, PRE)], how).logits, expected)
 
 
 def test_a_float32_sae_serves_a_bfloat16_model(tiny_folder: Callable[[str], Path]):

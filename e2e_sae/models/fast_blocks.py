@@ -1,0 +1,244 @@
+"""A frozen model's blocks without their inner hook points: fused attention, normalisation and GELU.
+
+TransformerLens computes every block in small steps, so that each can be hooked. Where nothing listens inside a
+block, the same arithmetic is done here with torch's fused kernels, on the model's own weights, for both model
+classes: GPT-2-, GPT-NeoX- and Llama-style blocks. Whether a model is one is read from its config and then checked
+against TransformerLens' own blocks; any other model runs as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from e2e_sae.log import logger
+from e2e_sae.models.head import run_to_unembedding
+
+ARCHITECTURES = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
+"""Hugging Face's names of the models whose blocks are known here; custom TransformerLens models are taken too."""
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+_Wrap = Callable[[Tensor], Any]
+_WRAPS: "WeakKeyDictionary[nn.Module, _Wrap | None]" = WeakKeyDictionary()
+"""By model: how its blocks return their output (bare, or in a tuple); None: its blocks are not fused."""
+_CHECKED_TOKENS = 256
+"""Tokens of the row that fused and plain blocks are compared on."""
+
+
+@contextmanager
+def fast_blocks(model: Any) -> Iterator[None]:
+    """Runs the blocks that nobody listens inside with fused kernels, while the block of code is open.
+
+    Hooks at `hook_resid_pre` and `hook_resid_post` fire as ever. Enter it after all hooks are in place.
+    """
+    wrap = _wrap_of(model)
+    if wrap is None:
+        yield
+        return
+    quiet = [i for i in range(len(model.blocks)) if not _is_listened_to(model, i)]
+    overridden: list[dict[str, Any]] = []
+    try:
+        for i in quiet:
+            attributes = model.blocks[i].__dict__
+            if "forward" not in attributes:  # else it is replayed
+                attributes["forward"] = _fused_forward(model, i, wrap)
+                overridden.append(attributes)
+        yield
+    finally:
+        for attributes in overridden:
+            del attributes["forward"]
+
+
+def can_fuse(model: Any) -> bool:
+    """Returns whether the fused blocks compute what this model's own do; checked once per model."""
+    return _wrap_of(model) is not None
+
+
+def _wrap_of(model: Any) -> _Wrap | None:
+    if model not in _WRAPS:
+        _WRAPS[model] = _checked_wrap(model) if _is_known(model) else None
+    return _WRAPS[model]
+
+
+def _is_known(model: Any) -> bool:
+    cfg = model.cfg
+    original = getattr(model, "original_model", None)
+    if original is not None:
+        name = type(original).__name__
+        hf_config = getattr(original, "config", None)
+        window = getattr(hf_config, "sliding_window", None) if getattr(hf_config, "use_sliding_window", True) else None
+    else:
+        name, window = cfg.original_architecture, None
+    unknown = (
+        (name not in ARCHITECTURES and not _is_custom(name))
+        or window is not None
+        or getattr(cfg, "use_local_attn", False)
+        or (getattr(cfg, "attn_scores_soft_cap", None) or -1.0) > 0
+        or getattr(cfg, "use_qk_norm", False)
+        or getattr(cfg, "scale_attn_by_inverse_layer_idx", False)
+        or getattr(cfg, "num_experts", None)
+        or getattr(cfg, "attn_only", False)
+        or getattr(cfg, "attention_dir", "causal") != "causal"
+        or getattr(cfg, "rotary_adjacent_pairs", False)
+        or cfg.positional_embedding_type not in ("standard", "rotary")
+        or cfg.normalization_type not in ("LN", "LNPre", "RMS", "RMSPre")
+        or cfg.act_fn not in _ACTIVATIONS
+    )
+    return not unknown
+
+
+def _is_custom(name: str | None) -> bool:
+    return name is None or name.startswith("TransformerLens") or name.startswith("Native")
+
+
+@torch.no_grad()
+def _checked_wrap(model: Any) -> _Wrap | None:
+    n_tokens = min(_CHECKED_TOKENS, int(model.cfg.n_ctx))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, int(model.cfg.d_vocab), (1, n_tokens), generator=generator)
+    tokens = tokens.to(next(model.parameters()).device)
+    outputs: list[Any] = []
+    with model.blocks[0].register_forward_hook(lambda module, inputs, output: outputs.append(output)):
+        plain = run_to_unembedding(model, tokens)
+    wrap = _in_tuple if isinstance(outputs[0], tuple) else _bare
+    _pack_weights_(model)
+    _WRAPS[model] = wrap
+    try:
+        with fast_blocks(model):
+            fused = run_to_unembedding(model, tokens)
+    finally:
+        del _WRAPS[model]
+    # Rounding of another order of additions, through all blocks; transformers norms in float32 at best.
+    difference = float((fused - plain).abs().max() / plain.abs().max())
+    if difference <= 1000 * max(torch.finfo(plain.dtype).eps, torch.finfo(torch.float32).eps):
+        return wrap
+    logger.warning(
+        "this model runs without fused kernels, which would change its activations "
+        f"(by {difference:.1e} of the largest): slower, same results"
+    )
+    return None
+
+
+def _bare(x: Tensor) -> Tensor:
+    return x
+
+
+def _in_tuple(x: Tensor) -> tuple[Tensor]:
+    return (x,)
+
+
+def _pack_weights_(model: Any) -> None:
+    """Lays HookedTransformer's attention weights out as the products need them; the values stay in their places."""
+    # Whoever asks first: the weights go on being used with gradients.
+    with torch.inference_mode(False):
+        for block in model.blocks:
+            for name in ("W_Q", "W_K", "W_V", "_W_K", "_W_V"):
+                weight = block.attn._parameters.get(name)
+                if weight is not None:  # [n_heads, d_model, d_head], stored as [n_heads, d_head, d_model]
+                    weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _is_listened_to(model: Any, i: int) -> bool:
+    """Returns whether any hook is at a point inside the block (its input and output do not count)."""
+    points = model.hook_dict
+    edges = {id(points[f"blocks.{i}.{name}"]) for name in ("hook_resid_pre", "hook_resid_post")}
+    return any(
+        (point.fwd_hooks or point.bwd_hooks)
+        for name, point in points.items()
+        if name.startswith(f"blocks.{i}.") and id(point) not in edges
+    )
+
+
+def _fused_forward(model: Any, i: int, wrap: _Wrap) -> Callable[..., Any]:
+    cfg, block, points = model.cfg, model.blocks[i], model.hook_dict
+    before, after = points[f"blocks.{i}.hook_resid_pre"], points[f"blocks.{i}.hook_resid_post"]
+
+    def forward(x: Tensor, *_: Any, **kwargs: Any) -> Any:
+        x = before(x)
+        attended = _attention(cfg, block.attn, _norm(cfg, block.ln1, x), kwargs.get("position_embeddings"))
+        if cfg.parallel_attn_mlp:
+            return wrap(after(x + attended + _mlp(cfg, block.mlp, _norm(cfg, block.ln2, x))))
+        x = x + attended
+        return wrap(after(x + _mlp(cfg, block.mlp, _norm(cfg, block.ln2, x))))
+
+    return forward
+
+
+def _norm(cfg: Any, norm: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+    weight, bias = _norm_weights(norm)
+    if cfg.normalization_type.startswith("RMS"):
+        return F.rms_norm(x, x.shape[-1:], weight, cfg.eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, cfg.eps)
+
+
+def _norm_weights(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    parameters = {name.split(".")[-1]: parameter for name, parameter in norm.named_parameters()}
+    weight, bias = parameters.get("weight", parameters.get("w")), parameters.get("bias", parameters.get("b"))
+    return weight, bias
+
+
+def _attention(
+    cfg: Any, attn: Any, x: Float[Tensor, "batch pos d"], rotary: tuple[Tensor, Tensor] | None
+) -> Float[Tensor, "batch pos d"]:
+    q = _heads(x, attn.W_Q, attn.b_Q)
+    k = _heads(x, getattr(attn, "_W_K", attn.W_K), getattr(attn, "_b_K", attn.b_K))
+    v = _heads(x, getattr(attn, "_W_V", attn.W_V), getattr(attn, "_b_V", attn.b_V))
+    if cfg.positional_embedding_type == "rotary":
+        n_pos = x.shape[1]
+        cos, sin = rotary if rotary is not None else (attn.rotary_cos[:n_pos], attn.rotary_sin[:n_pos])
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+    n_repeats = q.shape[1] // k.shape[1]
+    if n_repeats > 1:
+        k, v = k.repeat_interleave(n_repeats, 1), v.repeat_interleave(n_repeats, 1)
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=_scale(cfg))
+    flat = z.transpose(1, 2).flatten(2)
+    return F.linear(flat, attn.W_O.flatten(0, 1).T, attn.b_O)
+
+
+def _scale(cfg: Any) -> float:
+    if not cfg.use_attn_scale:
+        return 1.0
+    scale = float(cfg.attn_scale)
+    return 1 / scale if scale > 0 else cfg.d_head**-0.5
+
+
+def _heads(
+    x: Float[Tensor, "batch pos d"], W: Float[Tensor, "heads d d_head"], b: Float[Tensor, "heads d_head"] | None
+) -> Float[Tensor, "batch heads pos d_head"]:
+    n_heads, d_model, d_head = W.shape
+    weight = W.transpose(1, 2).reshape(n_heads * d_head, d_model)
+    y = F.linear(x, weight, None if b is None else b.reshape(-1))
+    return y.unflatten(-1, (n_heads, d_head)).transpose(1, 2)
+
+
+def _rotated(
+    x: Float[Tensor, "batch heads pos d_head"],
+    cos: Float[Tensor, "*one pos d_rot"],
+    sin: Float[Tensor, "*one pos d_rot"],
+) -> Float[Tensor, "batch heads pos d_head"]:
+    """Rotates pairs (j, j + d_rot/2) of the first d_rot dimensions (RoFormer, arXiv 2104.09864, as GPT-NeoX pairs)."""
+    n_rotated = cos.shape[-1]
+    turned, rest = x[..., :n_rotated], x[..., n_rotated:]
+    left, right = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat((-right, left), -1) * sin
+    return torch.cat((turned, rest), -1)
+
+
+def _mlp(cfg: Any, mlp: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+    activation = _ACTIVATIONS[cfg.act_fn]
+    hidden = F.linear(x, mlp.W_in.T, mlp.b_in)
+    gate = getattr(mlp, "W_gate", None)
+    hidden = activation(hidden) if gate is None else activation(F.linear(x, gate.T)) * hidden
+    return F.linear(hidden, mlp.W_out.T, mlp.b_out)

@@ -1,0 +1,66 @@
+"""The end of a model, seen from outside: the unembedding as two tensors and a soft cap, so that logits can be
+computed in chunks. Checked once per model against its own logits.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from e2e_sae.acts import Head
+from e2e_sae.log import logger
+
+_SOFT_CAPS: "WeakKeyDictionary[nn.Module, float | None]" = WeakKeyDictionary()
+_WITHOUT_HEAD: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+class AtUnembedding(Exception):
+    """Ends a forward pass before its unembedding; carries what would have entered it."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+
+def head_of(model: Any) -> Head | None:
+    """Returns the model's unembedding; None (with a warning, once) for a model whose logits do not follow from it."""
+    if model not in _SOFT_CAPS and model not in _WITHOUT_HEAD:
+        _check(model)
+    if model in _WITHOUT_HEAD:
+        return None
+    return Head(model.W_U, model.b_U, _SOFT_CAPS[model])
+
+
+def run_to_unembedding(model: Any, tokens: Tensor) -> Tensor:
+    """Runs the model and returns what enters its unembedding, [batch, pos, d_model]."""
+
+    def stop(_module: nn.Module, inputs: Any) -> None:
+        raise AtUnembedding(inputs[0])
+
+    handle = model.unembed.register_forward_pre_hook(stop)
+    try:
+        model(tokens, return_type="logits")
+    except AtUnembedding as end:
+        return end.hidden
+    finally:
+        handle.remove()
+    raise AssertionError(f"the forward pass of {type(model).__name__} did not reach its unembedding")
+
+
+@torch.no_grad()
+def _check(model: Any) -> None:
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    soft_cap = float(cap) if cap is not None and cap > 0 else None
+    tokens = torch.arange(3, device=next(model.parameters()).device)[None] % int(model.cfg.d_vocab)
+    logits = model(tokens, return_type="logits")
+    ours = Head(model.W_U, model.b_U, soft_cap).logits(run_to_unembedding(model, tokens))
+    # Rounding of another order of additions, relative to the largest logit.
+    if (ours - logits).abs().max() <= 100 * torch.finfo(logits.dtype).eps * logits.abs().max():
+        _SOFT_CAPS[model] = soft_cap
+        return
+    _WITHOUT_HEAD[model] = True
+    logger.warning(
+        "this model's logits do not follow from its unembedding alone: they are computed all at once, which takes more "
+        "time and memory"
+    )
