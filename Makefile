@@ -26,7 +26,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-SOURCES := e2e_sae tests setup.py $(wildcard benchmarks)
+SOURCES := e2e_sae tests benchmarks setup.py
 
 # $(call make-venv,FOLDER): an empty virtual environment, or a clear message about the Python at hand.
 define make-venv
@@ -108,9 +108,8 @@ check: install-dev ## formatting, lint, types and import layers
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q -n 0 -p no:cacheprovider tests/test_layers.py
 
-bench: install ## benchmarks, if this version has any
-	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks; \
-	else echo "error: this version has no benchmarks (no benchmarks/__main__.py)" >&2; exit 2; fi
+bench: install ## training steps beside the plain way (about 15 minutes on 2 cores)
+	$(BIN)/python -m benchmarks --memory
 
 clean: ## remove environments, builds and caches (never out/)
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
