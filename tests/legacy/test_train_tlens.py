@@ -12,6 +12,8 @@ from e2e_sae.lm_training.run import data_configs
 from e2e_sae.scripts.train_tlens.run_train_tlens import Config, main
 from e2e_sae.settings import REPO_ROOT
 from tests.data.word_tokenizer import D_VOCAB, save_word_tokenizer
+from tests.wandb_client import as_client
+from tests.wandb_server import WandbServer
 
 TINY_GPT2 = REPO_ROOT / "e2e_sae" / "scripts" / "train_tlens" / "tiny_gpt2.yaml"
 
@@ -44,11 +46,19 @@ def test_it_trains_on_the_pile_unless_told_otherwise_and_says_so_offline(small: 
     assert "\n" not in str(caught.value)
 
 
-def test_its_files_and_log_keys_are_those_of_the_papers_library(small: list[str], tmp_path: Path):
-    text = tmp_path / "text.txt"
+def text_data(folder: Path) -> str:
+    """Returns the override that makes it train on a small text."""
+    text = folder / "text.txt"
     text.write_text(" ".join(f"w{i % 28 + 2}" for i in range(16 * 8)))
-    data = f"train_data={{dataset_name: {text}, is_tokenized: false, n_ctx: 16}}"
-    run_dir = main(TINY_GPT2, overrides=[*small, data, "train.log_every_n_steps=1"])
+    return f"train_data={{dataset_name: {text}, is_tokenized: false, n_ctx: 16}}"
+
+
+@pytest.mark.filterwarnings("ignore")  # W&B's own
+def test_its_files_and_log_keys_are_those_of_the_papers_library(small: list[str], tmp_path: Path):
+    with WandbServer() as server:
+        with as_client(tmp_path, server.url):
+            run_dir = main(TINY_GPT2, overrides=[*small, text_data(tmp_path), "train.log_every_n_steps=1"])
+        sent = server.run()
     stamp = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
     assert run_dir.parent == tmp_path / "out"
     assert re.fullmatch(rf"tiny-gpt2_lr-0\.001_bs-2_{stamp}", run_dir.name)
@@ -58,4 +68,8 @@ def test_its_files_and_log_keys_are_those_of_the_papers_library(small: list[str]
     assert state["blocks.1.attn.W_Q"].shape == (1, 4, 4)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert {"train_loss", "epoch", "grad_updates", "lr", "samples"} <= lines[0].keys()
+    assert [line["_step"] for line in sent.history] == [line["samples"] for line in lines if "train_loss" in line]
+    assert [line["train_loss"] for line in sent.history] == [
+        line["train_loss"] for line in lines if "train_loss" in line
+    ]
     assert [line["samples"] for line in lines if "samples" in line][:2] == [4, 8]
