@@ -77,7 +77,7 @@ hooks: ## run `make check` before each git commit (`make install-dev` does this)
 		if git config --get core.hooksPath >/dev/null; then echo "note: core.hooksPath is set, no git hook installed"; \
 		else $(BIN)/python -m pre_commit install || echo "note: no git hook installed"; fi; fi
 
-demo: install ## train a local, an e2e and an e2e+ds SAE on the embedded model (about 5 minutes)
+demo: install ## train a local, an e2e and an e2e+ds SAE on the embedded model (about 3 minutes)
 	@$(BIN)/e2e-sae demo
 
 test: install-dev ## the default suite (at most 6 minutes on 2 cores)
