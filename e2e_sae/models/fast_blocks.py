@@ -80,7 +80,7 @@ def _is_known(model: Any) -> bool:
         hf_config = getattr(original, "config", None)
         window = getattr(hf_config, "sliding_window", None) if getattr(hf_config, "use_sliding_window", True) else None
     else:
-        name, window = cfg.original_architecture, None
+        name, window = getattr(cfg, "original_architecture", None), None
     unknown = (
         (name not in ARCHITECTURES and not _is_custom(name))
         or window is not None
@@ -92,9 +92,9 @@ def _is_known(model: Any) -> bool:
         or getattr(cfg, "attn_only", False)
         or getattr(cfg, "attention_dir", "causal") != "causal"
         or getattr(cfg, "rotary_adjacent_pairs", False)
-        or cfg.positional_embedding_type not in ("standard", "rotary")
-        or cfg.normalization_type not in ("LN", "LNPre", "RMS", "RMSPre")
-        or cfg.act_fn not in _ACTIVATIONS
+        or getattr(cfg, "positional_embedding_type", None) not in ("standard", "rotary")
+        or getattr(cfg, "normalization_type", None) not in ("LN", "LNPre", "RMS", "RMSPre")
+        or getattr(cfg, "act_fn", None) not in _ACTIVATIONS
     )
     return not unknown
 
