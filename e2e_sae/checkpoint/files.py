@@ -56,16 +56,25 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file at once: the old content or the new, never a part."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to, and renames it to `path` if the block succeeds.
+
+    So there is the old content or the new, never a part. If the block fails, nothing is left behind.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         _flush_to_disk(temporary)
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file at once."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

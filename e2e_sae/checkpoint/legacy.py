@@ -4,7 +4,6 @@ Keys: `<hook name with . as ->.{encoder.0.weight, encoder.0.bias, decoder.weight
 orientation ([out, in]); the decoder is stored as trained, not normalised.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e2e_sae.checkpoint.files import write_pickled
+from e2e_sae.checkpoint.files import new_file, write_pickled
 from e2e_sae.checkpoint.records import StoredSAE, stored_relu_sae
 from e2e_sae.errors import CheckpointError
 from e2e_sae.saes.base import LEGACY_NAMES
@@ -69,13 +68,8 @@ def write_legacy_saes(path: Path, saes: Mapping[str, Mapping[str, Tensor]]) -> N
     Raises:
         OSError: the disk is full or cannot be written; nothing is left then.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with new_file(path) as temporary:
         write_pickled(temporary, legacy_state_dict(saes))
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _transposed_copy(tensor: Tensor) -> Tensor:

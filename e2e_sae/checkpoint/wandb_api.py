@@ -5,7 +5,6 @@
 
 import base64
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from e2e_sae.checkpoint.files import new_file
 from e2e_sae.errors import MissingFileError, RunFailed, UserError
 from e2e_sae.wandb_session import end_wandb_service, quiet_wandb, wandb_errors
 
@@ -124,23 +124,22 @@ class WandbServer:
         Raises:
             RunFailed: it broke off, or is something else.
         """
-        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
         # The key is for W&B itself, not for the storage that it may send us to.
         is_own = urlsplit(file.url).netloc == urlsplit(self._base_url).netloc
         auth = ("api", self._api.api_key) if is_own and self._api is not None and self._api.api_key else None
         try:
-            with requests.get(file.url, auth=auth, stream=True, timeout=TIMEOUT_S) as response:
+            with (
+                new_file(target) as temporary,
+                requests.get(file.url, auth=auth, stream=True, timeout=TIMEOUT_S) as response,
+            ):
                 response.raise_for_status()
                 with temporary.open("wb") as out:
                     for block in response.iter_content(1 << 20):
                         out.write(block)
-            if not file.is_same_as(temporary):
-                raise RunFailed(f"the download of {target.name} from W&B is not what was announced: try again")
-            temporary.replace(target)
+                if not file.is_same_as(temporary):
+                    raise RunFailed(f"the download of {target.name} from W&B is not what was announced: try again")
         except requests.RequestException as error:
             raise RunFailed(f"the download of {target.name} from W&B broke off: {_first_line(error)}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _ask(self, question: Callable[[], AnswerT]) -> AnswerT:
         """Returns the answer of the `wandb` package.

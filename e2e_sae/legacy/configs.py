@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
 from pydantic import BaseModel
 from torch import nn
 
 from e2e_sae.base_config import BaseConfig, deep_update, read_yaml
-from e2e_sae.checkpoint.files import write_text
+from e2e_sae.checkpoint.files import new_file, write_pickled, write_text
 from e2e_sae.legacy.errors import LegacyAssertion
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -56,6 +55,5 @@ def save_module(
     if not save_dir.exists():
         save_dir.mkdir(parents=True)
         write_text(save_dir / config_filename, yaml.safe_dump(dict(config_dict)))
-    partial = save_dir / f".{model_filename}.partial"
-    torch.save(module.state_dict(), partial)
-    partial.replace(save_dir / model_filename)
+    with new_file(save_dir / model_filename) as temporary:
+        write_pickled(temporary, module.state_dict())

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from e2e_sae.checkpoint.files import new_file, write_pickled
 from e2e_sae.data.dataset_config import STDLIB_DATASET
 from e2e_sae.errors import UserError
 from e2e_sae.lm_training.config import LMConfig, TokenizerConfig
@@ -63,9 +64,8 @@ def make_hf_model(settings: dict[str, Any], tokenizer: Any) -> Any:
 
 def save_hooked_model(path: Path, model: nn.Module) -> None:
     """Writes a custom TransformerLens model as a `HookedTransformer` state dict."""
-    partial = path.with_name(f".{path.name}.partial")
-    torch.save(hooked_state_dict(model), partial)
-    partial.replace(path)
+    with new_file(path) as temporary:
+        write_pickled(temporary, hooked_state_dict(model))
 
 
 def save_hf_model(folder: Path, model: Any, tokenizer: Any, config: LMConfig, *, card: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from e2e_sae.checkpoint.files import write_json, write_tensors
+from e2e_sae.checkpoint.files import new_file, write_json, write_tensors
 from e2e_sae.checkpoint.run_dir import RunDir
 from e2e_sae.data.images import ImageData, Images
 from e2e_sae.errors import UserError
@@ -184,9 +184,5 @@ def _draw(path: Path, title: str, layer: LayerMaxActs, images: Images, data: Ima
             axes.set_title(f"{act.item():.2f}", fontsize=7, pad=2)
         row[0].set_ylabel(f"{element}\n{frequency:.1%}", fontsize=7, rotation=0, ha="right", va="center")
     canvas = FigureCanvasAgg(figure)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        canvas.print_figure(partial, format="png", dpi=120)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        canvas.print_figure(temporary, format="png", dpi=120)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from e2e_sae.checkpoint.files import write_pickled
+from e2e_sae.checkpoint.files import new_file, write_pickled
 from e2e_sae.data.images import DIGITS, ImageData, Images, load_images
 from e2e_sae.errors import RunFailed
 from e2e_sae.log import logger
@@ -56,13 +56,9 @@ class MLPRun:
     def save_weights(self, epoch: int, state: dict[str, Tensor]) -> Path:
         """Writes `epoch_<n>.pt`, whole or not at all."""
         path = self._run.path / f"epoch_{epoch}.pt"
-        partial = path.with_name(f".{path.name}.partial")
         copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
-        try:
-            write_pickled(partial, copies)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path) as temporary:
+            write_pickled(temporary, copies)
         return path
 
 
