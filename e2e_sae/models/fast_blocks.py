@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from e2e_sae.log import logger
 from e2e_sae.models.head import run_to_unembedding
 
-ARCHITECTURES = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
-"""Hugging Face's names of the models whose blocks are known here; custom TransformerLens models are taken too."""
+ARCHITECTURES = (
+    "GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM",
+    "NativeModel", None,
+)  # fmt: skip
+"""Hugging Face's names of the models whose blocks are known here; the last two are custom TransformerLens models, as a
+bridge and as a HookedTransformer."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -82,7 +86,7 @@ def _is_known(model: Any) -> bool:
     else:
         name, window = getattr(cfg, "original_architecture", None), None
     unknown = (
-        (name not in ARCHITECTURES and not _is_custom(name))
+        name not in ARCHITECTURES
         or window is not None
         or getattr(cfg, "use_local_attn", False)
         or (getattr(cfg, "attn_scores_soft_cap", None) or -1.0) > 0
@@ -97,10 +101,6 @@ def _is_known(model: Any) -> bool:
         or getattr(cfg, "act_fn", None) not in _ACTIVATIONS
     )
     return not unknown
-
-
-def _is_custom(name: str | None) -> bool:
-    return name is None or name.startswith("TransformerLens") or name.startswith("Native")
 
 
 @torch.no_grad()

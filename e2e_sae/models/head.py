@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from e2e_sae.acts import Head
 from e2e_sae.log import logger
 
-_SOFT_CAPS: "WeakKeyDictionary[nn.Module, float | None]" = WeakKeyDictionary()
-_WITHOUT_HEAD: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_FOLLOWS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+"""By model: whether its logits follow from its unembedding."""
 
 
-class AtUnembedding(Exception):
+class _AtUnembedding(Exception):
     """Ends a forward pass before its unembedding; carries what would have entered it."""
 
     def __init__(self, hidden: Tensor):
@@ -25,23 +25,23 @@ class AtUnembedding(Exception):
 
 def head_of(model: Any) -> Head | None:
     """Returns the model's unembedding; None (with a warning, once) for a model whose logits do not follow from it."""
-    if model not in _SOFT_CAPS and model not in _WITHOUT_HEAD:
-        _check(model)
-    if model in _WITHOUT_HEAD:
-        return None
-    return Head(model.W_U, model.b_U, _SOFT_CAPS[model])
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    head = Head(model.W_U, model.b_U, float(cap) if cap is not None and cap > 0 else None)
+    if model not in _FOLLOWS:
+        _FOLLOWS[model] = _gives_its_logits(head, model)
+    return head if _FOLLOWS[model] else None
 
 
 def run_to_unembedding(model: Any, tokens: Tensor) -> Tensor:
     """Runs the model and returns what enters its unembedding, [batch, pos, d_model]."""
 
     def stop(_module: nn.Module, inputs: Any) -> None:
-        raise AtUnembedding(inputs[0])
+        raise _AtUnembedding(inputs[0])
 
     handle = model.unembed.register_forward_pre_hook(stop)
     try:
         model(tokens, return_type="logits")
-    except AtUnembedding as end:
+    except _AtUnembedding as end:
         return end.hidden
     finally:
         handle.remove()
@@ -49,18 +49,15 @@ def run_to_unembedding(model: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check(model: Any) -> None:
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    soft_cap = float(cap) if cap is not None and cap > 0 else None
+def _gives_its_logits(head: Head, model: Any) -> bool:
     tokens = torch.arange(3, device=next(model.parameters()).device)[None] % int(model.cfg.d_vocab)
     logits = model(tokens, return_type="logits")
-    ours = Head(model.W_U, model.b_U, soft_cap).logits(run_to_unembedding(model, tokens))
+    ours = head.logits(run_to_unembedding(model, tokens))
     # Rounding of another order of additions, relative to the largest logit.
     if (ours - logits).abs().max() <= 100 * torch.finfo(logits.dtype).eps * logits.abs().max():
-        _SOFT_CAPS[model] = soft_cap
-        return
-    _WITHOUT_HEAD[model] = True
+        return True
     logger.warning(
         "this model's logits do not follow from its unembedding alone: they are computed all at once, which takes more "
         "time and memory"
     )
+    return False
