@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from e2e_sae.hooks import block_of, in_block, is_after_blocks, is_ranked
 
-_AFTER_ATTENTION = ("hook_resid_mid", "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
-"""Points of a block that come after its attention (or, in parallel blocks, beside it) and in or before its MLP."""
-
 
 class Replayed(NamedTuple):
     """A module that does not run in the spliced pass."""
@@ -48,21 +45,16 @@ def shared_prefix(model: nn.Module, reads: Sequence[str]) -> list[Replayed]:
     if not all(is_ranked(f"{block}.{point}") for point in here):
         return below
     first = min(here, key=in_block)
-    inner: dict[str, str | None] = {}
     if first == "hook_resid_post":
         return [Replayed(block, f"{block}.{first}")]
-    if first == "hook_attn_out":
-        inner = {"attn": first}
-    elif first in _AFTER_ATTENTION:
-        inner = {"attn": None}
-    elif first == "hook_mlp_out":
-        inner = {"attn": None, "mlp": first}
-    here_modules = dict(model.get_submodule(block).named_children())
-    return below + [
-        Replayed(f"{block}.{name}", point and f"{block}.{point}")
-        for name, point in inner.items()
-        if name in here_modules
+    # Whatever comes after the attention's output (in parallel blocks: beside it) leaves the attention as it was.
+    done = [
+        Replayed(f"{block}.{name}", f"{block}.{end}" if first == end else None)
+        for name, end in (("attn", "hook_attn_out"), ("mlp", "hook_mlp_out"))
+        if in_block(first) >= in_block(end)
     ]
+    modules = dict(model.get_submodule(block).named_children())
+    return below + [replayed for replayed in done if replayed.module.rpartition(".")[2] in modules]
 
 
 def skipped_points(model: Any, prefix: Sequence[Replayed]) -> set[str]:

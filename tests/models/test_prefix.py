@@ -1,7 +1,6 @@
 """Replaying the prefix against running it again: the same bits, in values and gradients, and less computed."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +9,6 @@ from torch import Tensor
 
 from e2e_sae.acts import Pass, Position, TokenBatch
 from e2e_sae.hooks import usable_hook_names
-from e2e_sae.models.lm import load_lm
-from e2e_sae.models.lm_config import LMConfig
 from e2e_sae.models.prefix import shared_prefix
 from e2e_sae.models.runner import run_ablated, run_clean, run_spliced
 from e2e_sae.saes import ReluSAE
@@ -24,18 +21,6 @@ POINTS = (
 # TransformerLens' own, at normalised points of a Llama bridge.
 pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")
 LAST = "blocks.2.hook_resid_post"
-
-
-@pytest.fixture(scope="module")
-def model_of(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
-    loaded: dict[str, Any] = {}
-
-    def get(family: str) -> Any:
-        if family not in loaded:
-            loaded[family] = load_lm(LMConfig(tlens_model_path=tiny_folder(family)))
-        return loaded[family]
-
-    return get
 
 
 def saes_at(model: Any, batch: TokenBatch, names: list[str]) -> dict[Position, ReluSAE]:
@@ -77,9 +62,9 @@ def assert_same_run(model: Any, names: list[str]) -> None:
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_replaying_what_precedes_an_sae_changes_no_bit(
-    family: str, point: str, block: int, model_of: Callable[[str], Any]
+    family: str, point: str, block: int, lm_of: Callable[[str], Any]
 ) -> None:
-    model = model_of(family)
+    model = lm_of(family)
     name = f"blocks.{block}.{point}"
     if name not in usable_hook_names(model):
         pytest.skip(f"{family} has no {point}")
@@ -100,13 +85,13 @@ def test_replaying_what_precedes_an_sae_changes_no_bit(
     ids="+".join,
 )
 def test_replaying_what_precedes_several_saes_changes_no_bit(
-    family: str, names: list[str], model_of: Callable[[str], Any]
+    family: str, names: list[str], lm_of: Callable[[str], Any]
 ) -> None:
-    assert_same_run(model_of(family), names)
+    assert_same_run(lm_of(family), names)
 
 
-def test_blocks_below_the_first_sae_and_its_own_attention_do_not_run_again(model_of: Callable[[str], Any]) -> None:
-    model, batch = model_of("gpt2"), TokenBatch.of(random_tokens(2, 8))
+def test_blocks_below_the_first_sae_and_its_own_attention_do_not_run_again(lm_of: Callable[[str], Any]) -> None:
+    model, batch = lm_of("gpt2"), TokenBatch.of(random_tokens(2, 8))
     saes = saes_at(model, batch, ["blocks.1.hook_mlp_out"])
     clean = run_clean(model, batch, ["blocks.1.hook_mlp_out"], reuse=[saes])
     fired: list[str] = []
@@ -120,14 +105,14 @@ def test_blocks_below_the_first_sae_and_its_own_attention_do_not_run_again(model
     assert fired == ["blocks.2.attn.hook_z", "blocks.2.mlp.hook_post"]
 
 
-def test_a_point_of_unknown_place_shares_only_the_blocks_below(model_of: Callable[[str], Any]) -> None:
-    model = model_of("gpt2")
+def test_a_point_of_unknown_place_shares_only_the_blocks_below(lm_of: Callable[[str], Any]) -> None:
+    model = lm_of("gpt2")
     assert [r.module for r in shared_prefix(model, ["blocks.2.attn.hook_pattern"])] == ["blocks.1"]
     assert shared_prefix(model, ["blocks.2.hook_mlp_out", "hook_embed"]) == []
 
 
-def test_the_model_is_as_before_after_an_error(model_of: Callable[[str], Any]) -> None:
-    model, batch = model_of("gpt2"), TokenBatch.of(random_tokens(2, 8))
+def test_the_model_is_as_before_after_an_error(lm_of: Callable[[str], Any]) -> None:
+    model, batch = lm_of("gpt2"), TokenBatch.of(random_tokens(2, 8))
     saes = saes_at(model, batch, ["blocks.1.hook_mlp_out"])
     clean = run_clean(model, batch, ["blocks.1.hook_mlp_out"], reuse=[saes])
     overridden = [name for name, module in model.named_modules() if "forward" in module.__dict__]

@@ -17,18 +17,6 @@ from tests.tiny_models import D_MODEL, D_VOCAB, FAMILIES, random_tokens
 PRE, MLP = "blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"
 
 
-@pytest.fixture(scope="module")
-def lm_of(tiny_folder: Callable[[str], Path]) -> Callable[[str], Any]:
-    loaded: dict[str, Any] = {}
-
-    def get(family: str) -> Any:
-        if family not in loaded:
-            loaded[family] = load_lm(LMConfig(tlens_model_path=tiny_folder(family)))
-        return loaded[family]
-
-    return get
-
-
 @pytest.fixture
 def model(lm_of: Callable[[str], Any]) -> SAETransformer:
     return SAETransformer(lm_of("gpt2"), [PRE, MLP], dict_size_to_input_ratio=4.5, seed=0)
