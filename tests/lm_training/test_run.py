@@ -20,7 +20,8 @@ from e2e_sae.lm_training.loop import held_out_ce
 from e2e_sae.lm_training.run import data_configs, run_lm_training
 from e2e_sae.models.lm_custom import build_custom_lm, load_legacy_lm, load_state_dict_
 from e2e_sae.models.tlens import quietly, resolve_model_class
-from e2e_sae.scripts.train_tlens.run_train_tlens import command_line, main
+from e2e_sae.scripts.train_tlens.run_train_tlens import main
+from e2e_sae.scripts.yaml_command import yaml_command
 from tests.data.word_tokenizer import D_VOCAB, save_word_tokenizer
 
 HF_CONFIG = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16}
@@ -160,11 +161,11 @@ def test_the_command_trains_with_overrides_and_returns_exit_codes(
 ):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings(tmp_path, corpus)))
-    assert command_line([str(path), "--set", "name=renamed"]) == 0
+    assert yaml_command(main, "", argv=[str(path), "--set", "name=renamed"]) == 0
     assert [p.name.split("_")[0] for p in (tmp_path / "out").iterdir()] == ["renamed"]
-    assert command_line([str(path), "--set", "train.batch_sise=3"]) == 2
+    assert yaml_command(main, "", argv=[str(path), "--set", "train.batch_sise=3"]) == 2
     assert "Did you mean 'batch_size'" in capsys.readouterr().err
-    assert command_line([str(path), "--set", "train.lr=1e30", "--set", "train.n_epochs=5"]) == 1
+    assert yaml_command(main, "", argv=[str(path), "--set", "train.lr=1e30", "--set", "train.n_epochs=5"]) == 1
     assert "the loss is" in capsys.readouterr().err
 
 

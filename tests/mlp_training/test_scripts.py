@@ -27,12 +27,19 @@ def test_each_script_takes_the_run_of_the_one_before(in_tmp_dir: Path):
     assert (read_metrics(mlp_run / "metrics.jsonl"))[-1]["test/accuracy"] > 0.8
 
 
+def run_script(script: str, *overrides: str, folder: Path) -> str:
+    """Runs a script as a command in `folder`; it must end well and warn of nothing. Returns what it printed."""
+    command = [sys.executable, str(SCRIPTS / script)]
+    for override in overrides:
+        command += ["--set", override]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout
+
+
 def test_without_a_saved_model_one_is_made_first(in_tmp_dir: Path):
     """As a command, in a process of its own, offline."""
-    script = SCRIPTS / "train_mlp_saes" / "max_act_data_mnist.py"
-    command = [sys.executable, str(script), "--set", "infer.n_elements_shown=1", "--set", "seed=3"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=in_tmp_dir)
-    assert (run.returncode, run.stderr) == (0, "")
+    said = run_script("train_mlp_saes/max_act_data_mnist.py", "infer.n_elements_shown=1", "seed=3", folder=in_tmp_dir)
     (result,) = in_tmp_dir.glob("out/max-act_*")
     config = MaxActConfig.from_file(result / "final_config.yaml")
     assert config.infer.model_name is not None
@@ -45,16 +52,13 @@ def test_without_a_saved_model_one_is_made_first(in_tmp_dir: Path):
     last = read_metrics(config.infer.model_name / "metrics.jsonl")[-1]
     assert last["test/accuracy-original"] > 0.9
     assert last["test/accuracy"] > 0.75
-    assert f"test accuracy with sparsifiers {last['test/accuracy']:.4f}" in run.stdout
+    assert f"test accuracy with sparsifiers {last['test/accuracy']:.4f}" in said
 
 
 @pytest.mark.smoke
 def test_wandb_gets_name_config_and_log_lines(in_tmp_dir: Path):
     """A process of its own, as a user has it; offline, W&B writes what it would send."""
-    script = SCRIPTS / "train_mnist" / "run_train_mnist.py"
-    command = [sys.executable, str(script), "--set", "wandb_project=digits-mlp", "--set", "train.n_epochs=1"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=in_tmp_dir)
-    assert (run.returncode, run.stderr) == (0, "")
+    run_script("train_mnist/run_train_mnist.py", "wandb_project=digits-mlp", "train.n_epochs=1", folder=in_tmp_dir)
     (sent,) = in_tmp_dir.glob("wandb/offline-run-*/run-*.wandb")
     content = sent.read_bytes()
     for word in ("digits-mlp", "orig-train-lr-0.001_bs-64_hidden-100-100", "hidden_sizes", "final_config.yaml"):
