@@ -356,7 +356,7 @@ def make_long_run(folder: Path, model: Path, n_samples: int) -> tuple[dict[str, 
         eval_every_n_samples=2,
         save_every_n_samples=4,
         n_samples=n_samples,
-        train_data={"n_epochs": 5, "holdout_fraction": 0.1},
+        train_data={"n_epochs": 10, "holdout_fraction": 0.1},
     )
     run = train(Config.from_dict(values))
     assert run is not None
@@ -389,7 +389,7 @@ def test_a_signal_saves_and_ends_with_its_code_and_the_run_can_go_on(
 @pytest.mark.slow
 @pytest.mark.smoke
 def test_five_kills_at_random_moments_change_nothing_in_the_end(tmp_path: Path, model: Path, repo: Path) -> None:
-    values, reference = make_long_run(tmp_path, model, n_samples=100)
+    values, reference = make_long_run(tmp_path, model, n_samples=200)
     save_dir = tmp_path / "out"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**values, "save_dir": str(save_dir)}))
     arguments = [str(tmp_path / "c.yaml")]
@@ -397,9 +397,10 @@ def test_five_kills_at_random_moments_change_nothing_in_the_end(tmp_path: Path, 
     n_kills, n_lines = 0, 1
     while n_kills < 5:
         command = Command(arguments, repo)
-        command.wait_for_line(save_dir, n_lines)
-        moments.append(rng.uniform(0, 0.5))
-        time.sleep(moments[-1])
+        # In steps rather than seconds: a fast machine must not finish before the fifth.
+        moments.append((n_lines + rng.randrange(5), rng.uniform(0, 0.05)))
+        command.wait_for_line(save_dir, moments[-1][0])
+        time.sleep(moments[-1][1])
         assert command.process.poll() is None, f"finished before kill {n_kills + 1}: {moments}, {command.end()}"
         command.process.kill()
         assert command.end()[0] == -signal.SIGKILL
