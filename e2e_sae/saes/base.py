@@ -12,12 +12,15 @@ Shapes: d_in width of the activation, d_sae number of latents.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from e2e_sae.ops.autoencode import autoencode
+from e2e_sae.ops.decode import MIN_NORM, decode
 
 PARAMETER_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 LEGACY_NAMES = {
@@ -27,6 +30,20 @@ LEGACY_NAMES = {
     "decoder.bias": "b_dec",
 }
 """Names in state dicts, which are those of the paper's library ([out, in], so weights are transposed), and ours."""
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_SELECTIONS: set[Callable[..., Any]] = set()
+
+
+def selection(activate: _Method) -> _Method:
+    """Marks an `activate` that only selects: latents are some positive pre-activations as they are, and 0 elsewhere.
+
+    Its gradient is then known, so `SAE.forward` runs as one function over active latents (`ops/autoencode.py`). A
+    subclass with another `activate` is not marked until it says so itself.
+    """
+    _SELECTIONS.add(activate)
+    return activate
 
 
 class SAE(nn.Module, ABC):
@@ -83,14 +100,21 @@ class SAE(nn.Module, ABC):
 
     def decode(self, latents: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, "*tokens d_in"]:
         """Returns the reconstruction from latents."""
-        return F.linear(latents, self.dict_elements, self.b_dec)
+        return decode(latents, self.W_dec, self.b_dec)
 
     def forward(
         self, x: Float[Tensor, "*tokens d_in"]
     ) -> tuple[Float[Tensor, "*tokens d_in"], Float[Tensor, "*tokens d_sae"]]:
         """Returns (reconstruction, latents)."""
+        if self._selects:
+            return autoencode(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.activate)
         latents = self.encode(x)
         return self.decode(latents), latents
+
+    @property
+    def _selects(self) -> bool:
+        own = type(self)
+        return own.activate in _SELECTIONS and own.encode is SAE.encode and own.decode is SAE.decode
 
     @property
     def d_in(self) -> int:
@@ -105,7 +129,7 @@ class SAE(nn.Module, ABC):
     @property
     def dict_elements(self) -> Float[Tensor, "d_in d_sae"]:
         """The dictionary: one column of unit L2 norm per latent; part of the autograd graph."""
-        return F.normalize(self.W_dec, dim=1, eps=1e-12).T
+        return F.normalize(self.W_dec, dim=1, eps=MIN_NORM).T
 
     @property
     def device(self) -> torch.device:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from e2e_sae.saes.base import SAE
+from e2e_sae.saes.base import SAE, selection
 
 
 class ReluSAE(SAE):
@@ -12,6 +12,7 @@ class ReluSAE(SAE):
 
     architecture = "relu"
 
+    @selection
     def activate(self, pre_acts: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, "*tokens d_sae"]:
         """Returns max(0, pre_acts)."""
         return torch.relu(pre_acts)

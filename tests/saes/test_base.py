@@ -1,5 +1,8 @@
 """The SAE's arithmetic by hand, its initialisation, and the views of the paper's library's users."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +114,59 @@ def test_legacy_views_share_storage():
     torch.testing.assert_close(sae.encoder[1](sae.encoder[0](x)), sae.encode(x))
     assert len(sae.encoder) == 2
     assert (sae.input_size, sae.n_dict_components) == (2, 3)
+
+
+def test_forward_is_decode_after_encode():
+    sae = hand_made()
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
+    recon, latents = sae(x)
+    torch.testing.assert_close(latents, sae.encode(x))
+    torch.testing.assert_close(recon, sae.decode(latents))
+
+
+class HalfReluSAE(ReluSAE):
+    """Not a selection any more: the gradient of an active latent is 1/2."""
+
+    def activate(self, pre_acts: torch.Tensor) -> torch.Tensor:
+        return torch.relu(pre_acts) / 2
+
+
+class CentredSAE(ReluSAE):
+    """Encodes something else than `x` alone."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return super().encode(x - self.b_dec)
+
+
+@pytest.mark.parametrize("architecture", [HalfReluSAE, CentredSAE])
+def test_what_a_subclass_overrides_is_what_forward_runs(architecture: type[ReluSAE]):
+    sae = architecture(4, 6, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    recon, latents = sae(x)
+    by_hand = torch.relu((x - sae.b_dec if architecture is CentredSAE else x) @ sae.W_enc + sae.b_enc)
+    by_hand = by_hand / 2 if architecture is HalfReluSAE else by_hand
+    torch.testing.assert_close(latents, by_hand)
+    gradients = torch.autograd.grad(recon.square().sum() + latents.sum(), list(sae.parameters()))
+    expected = (by_hand @ sae.dict_elements.T + sae.b_dec).square().sum() + by_hand.sum()
+    for gradient, theirs in zip(gradients, torch.autograd.grad(expected, list(sae.parameters())), strict=True):
+        torch.testing.assert_close(gradient, theirs)
+
+
+COMPILED = """
+import torch
+from e2e_sae.saes import ReluSAE
+sae, x = ReluSAE(4, 9), torch.randn(6, 4)
+for run in (sae, lambda x: sae.decode(sae.encode(x))):
+    torch.testing.assert_close(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+"""
+"""Without the shape checks of the tests, which no compiler can trace."""
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_forward_and_decode_compile_to_one_graph():
+    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_any_leading_axes_work():
