@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from e2e_sae.errors import CheckpointError, MissingFileError, UserError, did_you_mean
+from e2e_sae.models.lean import lazy_copies, own_memory_, settle_
 from e2e_sae.models.lm_config import LMConfig, ProcessingConfig
 from e2e_sae.models.lm_custom import CONFIG_NAME, load_legacy_lm
 from e2e_sae.models.tlens import first_line, hooked_classes, quietly, resolve_model_class, tlens_version
@@ -70,7 +71,7 @@ def load_lm(config: LMConfig, device: str = "cpu") -> nn.Module:
     place = resolve_device(device)
     model_class = resolve_model_class(config.tlens_model_class)
     path = config.tlens_model_path
-    with quietly(keep_progress=path is None):
+    with quietly(keep_progress=path is None), lazy_copies():
         if path is None:
             model = _load_from_hub(config, model_class, place)
         elif path.is_dir():
@@ -79,6 +80,7 @@ def load_lm(config: LMConfig, device: str = "cpu") -> nn.Module:
             model = load_legacy_lm(path, model_class)
         model = move_lm(model, place, torch_dtype(config.dtype))
     freeze_(model)
+    settle_(model)
     return model
 
 
@@ -219,16 +221,18 @@ def _load_from_folder(
     settings = _read_folder_config(folder)
     # Processing wants single precision at least: half-precision models are cast once that is done.
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    hf_model = _load_hf_weights(folder, dtype).to(device)
+    # In a list, to be handed over: a name would keep it alive while its weights are processed.
+    hf_model = [_load_hf_weights(folder, dtype).to(device)]
+    own_memory_(hf_model[0])
     tokenizer = find_local_tokenizer(folder)
     try:
         if model_class == "hooked":
-            return _hooked_from_hf(folder, settings, hf_model, tokenizer, config.processing)
+            return _hooked_from_hf(folder, settings, hf_model.pop(), tokenizer, config.processing)
         from transformer_lens.model_bridge import TransformerBridge
 
         bridge = TransformerBridge.boot_transformers(
             str(folder),
-            hf_model=hf_model,
+            hf_model=hf_model.pop(),
             tokenizer=tokenizer or placeholder_tokenizer(),
             device=str(device),
             dtype=dtype,
@@ -289,7 +293,6 @@ def _hooked_from_hf(
 ) -> Any:
     """Builds a HookedTransformer from a loaded model: 3.x has no public way from a folder."""
     loading: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
-    options = processing.model_dump()
     # Folders saved by transformers 5 leave n_ctx out for GPT-2, and TransformerLens reads it.
     settings = {"n_ctx": settings["n_positions"]} | settings if "n_positions" in settings else settings
     with _neutral_folder() as copy:
@@ -297,17 +300,25 @@ def _hooked_from_hf(
         cfg = loading.get_pretrained_model_config(
             str(copy),
             hf_cfg=hf_model.config.to_dict(),
-            fold_ln=options["fold_ln"],
+            fold_ln=processing.fold_ln,
             device=str(hf_model.device),
             dtype=hf_model.dtype,
         )
-        state_dict = loading.get_pretrained_state_dict(str(copy), cfg, hf_model=hf_model, dtype=hf_model.dtype)
+        weights = [loading.get_pretrained_state_dict(str(copy), cfg, hf_model=hf_model, dtype=hf_model.dtype)]
+    del hf_model  # its weights are in `weights`
     cfg.model_name = folder.name
     cfg.tokenizer_name = None
-    for option in _impossible_options(cfg):
-        options[option] = False
+    processing = processing.model_copy(update=dict.fromkeys(_impossible_options(cfg), False))
     model = hooked_classes().model(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(state_dict, **options)
+    # Handed over without a name (nor `**`, which would hold it): freed once it is processed.
+    model.load_and_process_state_dict(
+        weights.pop(),
+        fold_ln=processing.fold_ln,
+        center_writing_weights=processing.center_writing_weights,
+        center_unembed=processing.center_unembed,
+        fold_value_biases=processing.fold_value_biases,
+        refactor_factored_attn_matrices=processing.refactor_factored_attn_matrices,
+    )
     model.move_model_modules_to_device()
     return model
 
