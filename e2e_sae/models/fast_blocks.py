@@ -8,7 +8,7 @@ against TransformerLens' own blocks; any other model runs as it is.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from e2e_sae.compiling import compilable
 from e2e_sae.log import logger
 from e2e_sae.models.head import run_to_unembedding
+from e2e_sae.precision import plainly
 
 ARCHITECTURES = (
     "GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM",
@@ -72,7 +74,8 @@ def can_fuse(model: Any) -> bool:
 
 def _wrap_of(model: Any) -> _Wrap | None:
     if model not in _WRAPS:
-        _WRAPS[model] = _checked_wrap(model) if _is_known(model) else None
+        with plainly(next(model.parameters()).device):
+            _WRAPS[model] = _checked_wrap(model) if _is_known(model) else None
     return _WRAPS[model]
 
 
@@ -122,7 +125,9 @@ def _checked_wrap(model: Any) -> _Wrap | None:
         del _WRAPS[model]
     # Rounding of another order of additions, through all blocks; transformers norms in float32 at best.
     difference = float((fused - plain).abs().max() / plain.abs().max())
-    if difference <= 1000 * max(torch.finfo(plain.dtype).eps, torch.finfo(torch.float32).eps):
+    # Narrow types round after every step: 1 to 4 eps were found at 3 to 12 blocks.
+    n_eps = 16 if plain.dtype in (torch.bfloat16, torch.float16) else 1000
+    if difference <= n_eps * max(torch.finfo(plain.dtype).eps, torch.finfo(torch.float32).eps):
         return wrap
     logger.warning(
         "this model runs without fused kernels, which would change its activations "
@@ -161,26 +166,73 @@ def _is_listened_to(model: Any, i: int) -> bool:
     )
 
 
+class _Weights(NamedTuple):
+    """A block's weights as the products take them, (weight [out, in], bias) each; norms without any have None."""
+
+    norm_1: tuple[Tensor | None, Tensor | None]
+    norm_2: tuple[Tensor | None, Tensor | None]
+    q: tuple[Tensor, Tensor | None]
+    k: tuple[Tensor, Tensor | None]
+    v: tuple[Tensor, Tensor | None]
+    out: tuple[Tensor, Tensor | None]
+    up: tuple[Tensor, Tensor | None]
+    gate: Tensor | None
+    down: tuple[Tensor, Tensor | None]
+
+
+class _Kind(NamedTuple):
+    """What a block does with them."""
+
+    is_rms: bool
+    eps: float
+    d_head: int
+    scale: float
+    """Of the attention scores."""
+    activation: str
+    """A key of `_ACTIVATIONS`."""
+    is_parallel: bool
+    """Whether the MLP reads the block's input, not the attention's output."""
+
+
 def _fused_forward(model: Any, i: int, wrap: _Wrap) -> Callable[..., Any]:
     cfg, block, points = model.cfg, model.blocks[i], model.hook_dict
     before, after = points[f"blocks.{i}.hook_resid_pre"], points[f"blocks.{i}.hook_resid_post"]
+    kind = _kind(cfg)
 
     def forward(x: Tensor, *_: Any, **kwargs: Any) -> Any:
         x = before(x)
-        attended = _attention(cfg, block.attn, _norm(cfg, block.ln1, x), kwargs.get("position_embeddings"))
-        if cfg.parallel_attn_mlp:
-            return wrap(after(x + attended + _mlp(cfg, block.mlp, _norm(cfg, block.ln2, x))))
-        x = x + attended
-        return wrap(after(x + _mlp(cfg, block.mlp, _norm(cfg, block.ln2, x))))
+        rotary = _rotary(cfg, block.attn, x.shape[1], kwargs.get("position_embeddings"))
+        return wrap(after(_block(kind, _weights(block), x, rotary)))
 
     return forward
 
 
-def _norm(cfg: Any, norm: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-    weight, bias = _norm_weights(norm)
-    if cfg.normalization_type.startswith("RMS"):
-        return F.rms_norm(x, x.shape[-1:], weight, cfg.eps)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, cfg.eps)
+def _kind(cfg: Any) -> _Kind:
+    return _Kind(
+        is_rms=cfg.normalization_type.startswith("RMS"),
+        eps=cfg.eps,
+        d_head=cfg.d_head,
+        scale=_scale(cfg),
+        activation=cfg.act_fn,
+        is_parallel=bool(cfg.parallel_attn_mlp),
+    )
+
+
+def _weights(block: Any) -> _Weights:
+    attn, mlp = block.attn, block.mlp
+    gate = getattr(mlp, "W_gate", None)
+    return _Weights(
+        norm_1=_norm_weights(block.ln1),
+        norm_2=_norm_weights(block.ln2),
+        q=_head_weights(attn.W_Q, attn.b_Q),
+        # HookedTransformer's, where several heads share a key and a value.
+        k=_head_weights(getattr(attn, "_W_K", attn.W_K), getattr(attn, "_b_K", attn.b_K)),
+        v=_head_weights(getattr(attn, "_W_V", attn.W_V), getattr(attn, "_b_V", attn.b_V)),
+        out=(attn.W_O.flatten(0, 1).T, attn.b_O),
+        up=(mlp.W_in.T, mlp.b_in),
+        gate=None if gate is None else gate.T,
+        down=(mlp.W_out.T, mlp.b_out),
+    )
 
 
 def _norm_weights(norm: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -189,22 +241,59 @@ def _norm_weights(norm: Any) -> tuple[Tensor | None, Tensor | None]:
     return weight, bias
 
 
-def _attention(
-    cfg: Any, attn: Any, x: Float[Tensor, "batch pos d"], rotary: tuple[Tensor, Tensor] | None
+def _head_weights(
+    W: Float[Tensor, "heads d d_head"], b: Float[Tensor, "heads d_head"] | None
+) -> tuple[Float[Tensor, "heads*d_head d"], Float[Tensor, " heads*d_head"] | None]:
+    return W.transpose(1, 2).flatten(0, 1), None if b is None else b.flatten()
+
+
+def _rotary(
+    cfg: Any, attn: Any, n_pos: int, given: tuple[Tensor, Tensor] | None
+) -> tuple[Float[Tensor, "*one pos d_rot"], Float[Tensor, "*one pos d_rot"]] | None:
+    """Returns (cos, sin) of the positions' angles; None for a model without rotary positions."""
+    if cfg.positional_embedding_type != "rotary":
+        return None
+    return given if given is not None else (attn.rotary_cos[:n_pos], attn.rotary_sin[:n_pos])
+
+
+@compilable
+def _block(
+    kind: _Kind,
+    weights: _Weights,
+    x: Float[Tensor, "batch pos d"],
+    rotary: tuple[Float[Tensor, "*one pos d_rot"], Float[Tensor, "*one pos d_rot"]] | None,
 ) -> Float[Tensor, "batch pos d"]:
-    q = _heads(x, attn.W_Q, attn.b_Q)
-    k = _heads(x, getattr(attn, "_W_K", attn.W_K), getattr(attn, "_b_K", attn.b_K))
-    v = _heads(x, getattr(attn, "_W_V", attn.W_V), getattr(attn, "_b_V", attn.b_V))
-    if cfg.positional_embedding_type == "rotary":
-        n_pos = x.shape[1]
-        cos, sin = rotary if rotary is not None else (attn.rotary_cos[:n_pos], attn.rotary_sin[:n_pos])
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+    """Returns the block's output: x + attention(norm_1 x), and the MLP of what norm_2 makes of it, or of x, added."""
+    middle = x + _attention(kind, weights, _norm(kind, weights.norm_1, x), rotary)
+    return middle + _mlp(kind, weights, _norm(kind, weights.norm_2, x if kind.is_parallel else middle))
+
+
+def _norm(
+    kind: _Kind, weights: tuple[Tensor | None, Tensor | None], x: Float[Tensor, "batch pos d"]
+) -> Float[Tensor, "batch pos d"]:
+    weight, bias = weights
+    if kind.is_rms:
+        return F.rms_norm(x, x.shape[-1:], weight, kind.eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, kind.eps)
+
+
+def _attention(
+    kind: _Kind,
+    weights: _Weights,
+    x: Float[Tensor, "batch pos d"],
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Float[Tensor, "batch pos d"]:
+    q, k, v = (
+        F.linear(x, *pair).unflatten(-1, (-1, kind.d_head)).transpose(1, 2)
+        for pair in (weights.q, weights.k, weights.v)
+    )
+    if rotary is not None:
+        q, k = _rotated(q, *rotary), _rotated(k, *rotary)
     n_repeats = q.shape[1] // k.shape[1]
     if n_repeats > 1:
         k, v = k.repeat_interleave(n_repeats, 1), v.repeat_interleave(n_repeats, 1)
-    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=_scale(cfg))
-    flat = z.transpose(1, 2).flatten(2)
-    return F.linear(flat, attn.W_O.flatten(0, 1).T, attn.b_O)
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=kind.scale)
+    return F.linear(z.transpose(1, 2).flatten(2), *weights.out)
 
 
 def _scale(cfg: Any) -> float:
@@ -212,15 +301,6 @@ def _scale(cfg: Any) -> float:
         return 1.0
     scale = float(cfg.attn_scale)
     return 1 / scale if scale > 0 else cfg.d_head**-0.5
-
-
-def _heads(
-    x: Float[Tensor, "batch pos d"], W: Float[Tensor, "heads d d_head"], b: Float[Tensor, "heads d_head"] | None
-) -> Float[Tensor, "batch heads pos d_head"]:
-    n_heads, d_model, d_head = W.shape
-    weight = W.transpose(1, 2).reshape(n_heads * d_head, d_model)
-    y = F.linear(x, weight, None if b is None else b.reshape(-1))
-    return y.unflatten(-1, (n_heads, d_head)).transpose(1, 2)
 
 
 def _rotated(
@@ -236,9 +316,8 @@ def _rotated(
     return torch.cat((turned, rest), -1)
 
 
-def _mlp(cfg: Any, mlp: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-    activation = _ACTIVATIONS[cfg.act_fn]
-    hidden = F.linear(x, mlp.W_in.T, mlp.b_in)
-    gate = getattr(mlp, "W_gate", None)
-    hidden = activation(hidden) if gate is None else activation(F.linear(x, gate.T)) * hidden
-    return F.linear(hidden, mlp.W_out.T, mlp.b_out)
+def _mlp(kind: _Kind, weights: _Weights, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+    activation = _ACTIVATIONS[kind.activation]
+    hidden = F.linear(x, *weights.up)
+    hidden = activation(hidden) if weights.gate is None else activation(F.linear(x, weights.gate)) * hidden
+    return F.linear(hidden, *weights.down)

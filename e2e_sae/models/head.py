@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from e2e_sae.acts import Head
 from e2e_sae.log import logger
+from e2e_sae.precision import plainly
 
 _FOLLOWS: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 """By model: whether its logits follow from its unembedding."""
@@ -28,7 +29,8 @@ def head_of(model: Any) -> Head | None:
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     head = Head(model.W_U, model.b_U, float(cap) if cap is not None and cap > 0 else None)
     if model not in _FOLLOWS:
-        _FOLLOWS[model] = _gives_its_logits(head, model)
+        with plainly(head.W_U.device):
+            _FOLLOWS[model] = _gives_its_logits(head, model)
     return head if _FOLLOWS[model] else None
 
 
@@ -53,8 +55,9 @@ def _gives_its_logits(head: Head, model: Any) -> bool:
     tokens = torch.arange(3, device=next(model.parameters()).device)[None] % int(model.cfg.d_vocab)
     logits = model(tokens, return_type="logits")
     ours = head.logits(run_to_unembedding(model, tokens))
-    # Rounding of another order of additions, relative to the largest logit.
-    if (ours - logits).abs().max() <= 100 * torch.finfo(logits.dtype).eps * logits.abs().max():
+    # Rounding of another order of additions, relative to the largest logit. Narrow types add up in float32, round once.
+    n_eps = 4 if logits.dtype in (torch.bfloat16, torch.float16) else 100
+    if (ours - logits).abs().max() <= n_eps * torch.finfo(logits.dtype).eps * logits.abs().max():
         return True
     logger.warning(
         "this model's logits do not follow from its unembedding alone: they are computed all at once, which takes more "
