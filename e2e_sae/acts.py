@@ -65,6 +65,8 @@ class TokenBatch:
     """Positions that count; None when all do."""
     n_counted: int
     """How many positions count, known without asking the device."""
+    start: int = 0
+    """Number of the first row in the run's data; what is drawn at random for a batch depends on it alone."""
 
     @classmethod
     def of(
@@ -72,12 +74,13 @@ class TokenBatch:
         tokens: Int[Tensor, "batch pos"],
         exclude_token_ids: list[int] | None = None,
         device: torch.device | str | None = None,
+        start: int = 0,
     ) -> "TokenBatch":
         """Builds the batch from token ids on the CPU and moves it to `device`."""
         if not exclude_token_ids:
-            return cls(tokens.to(device), None, tokens.numel())
+            return cls(tokens.to(device), None, tokens.numel(), start)
         counted = ~torch.isin(tokens, torch.tensor(exclude_token_ids, device=tokens.device))
-        return cls(tokens.to(device), counted.to(device), int(counted.sum()))
+        return cls(tokens.to(device), counted.to(device), int(counted.sum()), start)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ class Output:
     def d_vocab(self) -> int:
         """Size of the vocabulary."""
         return self.hidden.shape[-1] if self.head is None else self.head.W_U.shape[1]
+
+    def at(self, rows: Int[Tensor, " n_rows"]) -> "Output":
+        """Returns the output at some tokens, counted through the whole batch, as one sequence."""
+        return Output(self.hidden.flatten(0, 1).index_select(0, rows)[None], self.head)
 
     def rows(self, rows: slice) -> Float[Tensor, "rows d_vocab"]:
         """Returns the logits of some tokens, counted through the whole batch, in at least float32."""

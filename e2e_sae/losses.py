@@ -10,14 +10,17 @@ tokens *and* width, sparsity is divided by d, the downstream coefficient is shar
 
 from abc import abstractmethod
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from e2e_sae.acts import Mean, Pass
 from e2e_sae.base_config import BaseConfig
+from e2e_sae.compiling import compilable
 from e2e_sae.lazy import lazy_names
 from e2e_sae.ops.logits import kl_sum
+from e2e_sae.ops.positions import draw_positions
 from e2e_sae.ops.tokens import at_least_float32, counted_sum
 from e2e_sae.types import StrOrList
 
@@ -63,10 +66,7 @@ class SparsityLoss(LossTerm):
 
     def norm(self, latents: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, " *tokens"]:
         """Returns the Lp norm of each token's latents."""
-        latents = at_least_float32(latents)
-        if self.p_norm == 1:
-            return latents.abs().sum(-1)
-        return latents.norm(p=self.p_norm, dim=-1)
+        return _lp_norm(latents, self.p_norm)
 
     @property
     def coeff_per_value(self) -> float:
@@ -90,7 +90,7 @@ class MSETerm(LossTerm):
         """Returns `{name}/{hook}`."""
         values: dict[str, Mean] = {}
         for hook_name, (prediction, target) in self.pairs(clean, spliced).items():
-            squares = (at_least_float32(prediction) - at_least_float32(target)).square().mean(-1)
+            squares = _mean_squares(prediction, target)
             values[f"{self.name}/{hook_name}"] = Mean(
                 counted_sum(squares, spliced.batch.counted), spliced.batch.n_counted
             )
@@ -177,13 +177,22 @@ class LogitsKLLoss(LossTerm):
 
     coeff: NonNegativeFloat
     """Weight."""
+    position_fraction: float = Field(default=1.0, gt=0, le=1)
+    """(new) Share of a batch's counted tokens, drawn anew for each batch, at which the KL is computed in training: less
+    time in the unembedding, for an estimate of the same mean with more noise. What training logs as `logits_kl` is
+    this estimate; evaluation takes every token."""
 
     def values(self, clean: Pass, spliced: Pass) -> dict[str, Mean]:
         """Returns `logits_kl`."""
         if clean.output is None or spliced.output is None:
             return {}
-        total = kl_sum(clean.output, spliced.output, spliced.batch.counted)
-        return {"logits_kl": Mean(total, spliced.batch.n_counted)}
+        batch = spliced.batch
+        if self.position_fraction == 1:
+            total = kl_sum(clean.output, spliced.output, batch.counted)
+        else:
+            rows = draw_positions(batch, self.position_fraction)
+            total = kl_sum(clean.output.at(rows), spliced.output.at(rows)) * (batch.n_counted / max(1, len(rows)))
+        return {"logits_kl": Mean(total, batch.n_counted)}
 
     @property
     def coeff_per_value(self) -> float:
@@ -244,6 +253,21 @@ def weighted_loss(terms: list[LossTerm], clean: Pass, spliced: Pass) -> tuple[Fl
     if not totals:
         raise ValueError("no loss term has a value: neither SAE activations nor logits were given")
     return sum(totals[1:], totals[0]), values
+
+
+@compilable
+def _lp_norm(latents: Float[Tensor, "*tokens d_sae"], p: float) -> Float[Tensor, " *tokens"]:
+    if p == 1:
+        # Summed in float32 without a copy of the latents in it.
+        return latents.abs().sum(-1, dtype=torch.promote_types(latents.dtype, torch.float32))
+    return at_least_float32(latents).norm(p=p, dim=-1)
+
+
+@compilable
+def _mean_squares(
+    prediction: Float[Tensor, "*tokens d"], target: Float[Tensor, "*tokens d"]
+) -> Float[Tensor, " *tokens"]:
+    return (at_least_float32(prediction) - at_least_float32(target)).square().mean(-1)
 
 
 _LEGACY = "e2e_sae.legacy.losses"

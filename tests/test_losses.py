@@ -1,10 +1,14 @@
 """Every loss term by hand, and the laws they share: masks, halves of a batch, coefficients."""
 
+from dataclasses import replace
+from itertools import permutations
+
 import pytest
 import torch
 from torch import Tensor
 
-from e2e_sae.acts import Output, Pass, SAEActs, TokenBatch
+import e2e_sae.ops.logits
+from e2e_sae.acts import Head, Output, Pass, SAEActs, TokenBatch
 from e2e_sae.errors import UserError
 from e2e_sae.losses import (
     InToOrigLoss,
@@ -16,6 +20,8 @@ from e2e_sae.losses import (
     SparsityLoss,
     weighted_loss,
 )
+from e2e_sae.ops.logits import kl_rows_plain
+from e2e_sae.ops.positions import draw_positions
 
 P, Q = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"
 
@@ -48,6 +54,7 @@ TERMS: list[LossTerm] = [
     OutToOrigLoss(coeff=0.3),
     OutToInLoss(coeff=0.9),
     LogitsKLLoss(coeff=0.25),
+    LogitsKLLoss(coeff=0.25, position_fraction=0.5),
 ]
 
 
@@ -94,7 +101,7 @@ def test_local_mse_sends_gradient_into_both_sides():
     torch.testing.assert_close(acts.output.grad, -difference)
 
 
-@pytest.mark.parametrize("term", TERMS, ids=lambda term: f"{type(term).__name__}")
+@pytest.mark.parametrize("term", TERMS[:6], ids=lambda term: f"{type(term).__name__}")
 def test_a_mask_equals_leaving_the_tokens_out(term: LossTerm):
     """In value and in every gradient: compare with a batch that has only the counted tokens, as rows of one token."""
     counted = torch.tensor([[True, False, True], [False, True, True]])
@@ -144,6 +151,63 @@ def test_losses_of_bfloat16_activations_are_float32():
     clean, spliced = passes(dtype=torch.bfloat16)
     _, values = weighted_loss(TERMS, clean, spliced)
     assert {mean.sum.dtype for mean in values.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("counted", [None, torch.tensor([[True, False, True], [False, True, True]])])
+def test_the_kl_of_a_share_of_the_tokens_is_in_the_mean_that_of_all_in_value_and_gradient(
+    counted: Tensor | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The mean over all orders in which tokens can be drawn, all equally likely."""
+    clean, spliced = passes(counted)
+    logits = leaves_of(spliced)[-1]
+
+    def loss_and_gradient(position_fraction: float) -> tuple[Tensor, Tensor]:
+        term = LogitsKLLoss(coeff=0.25, position_fraction=position_fraction)
+        total, _ = weighted_loss([term], clean, spliced)
+        return total.detach(), torch.autograd.grad(total, logits)[0]
+
+    found: list[tuple[Tensor, Tensor]] = []
+    for order in permutations(range(6)):
+        monkeypatch.setattr(torch, "randperm", lambda *_, order=order, **__: torch.tensor(order))
+        found.append(loss_and_gradient(0.5))
+    expected_loss, expected_gradient = loss_and_gradient(1.0)
+    losses, gradients = (torch.stack(values) for values in zip(*found, strict=True))
+    assert losses.std() > 0.01
+    torch.testing.assert_close(losses.mean(), expected_loss)
+    torch.testing.assert_close(gradients.mean(0), expected_gradient)
+
+
+@pytest.mark.parametrize("chunk_elements", [6, 13, 10_000])
+def test_the_kl_of_a_share_equals_the_scaled_sum_of_its_rows_through_the_unembedding(
+    chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+):
+    counted = torch.tensor([[True, False, True], [False, True, True]])
+    clean, spliced = passes(counted)
+    g = torch.Generator().manual_seed(1)
+    head = Head(torch.randn(6, 7, generator=g, dtype=torch.float64), None, 3.0)
+    assert clean.output is not None
+    assert spliced.output is not None
+    x, a = spliced.output.hidden, clean.output.hidden
+    monkeypatch.setattr(e2e_sae.ops.logits, "KL_CHUNK_ELEMENTS", chunk_elements)
+    term = LogitsKLLoss(coeff=0.25, position_fraction=0.75)
+    total, values = weighted_loss(
+        [term], replace(clean, output=Output(a, head)), replace(spliced, output=Output(x, head))
+    )
+    (gradient,) = torch.autograd.grad(total, x)
+    rows = draw_positions(spliced.batch, 0.75)
+    assert len(rows) == 3
+    p, q = (head.logits(h.flatten(0, 1)[rows]) for h in (a, x))
+    # Four tokens count and three are drawn: their mean stands for that of all.
+    mean = kl_rows_plain(p, q).sum() / 3
+    torch.testing.assert_close(values["logits_kl"].value, mean)
+    assert values["logits_kl"].count == 4
+    torch.testing.assert_close(gradient, torch.autograd.grad(0.25 * mean, x)[0])
+
+
+def test_a_fraction_outside_nothing_to_all_is_refused():
+    for fraction in (0, -0.5, 1.5):
+        with pytest.raises(UserError, match="position_fraction"):
+            LogitsKLLoss.from_dict({"coeff": 1, "position_fraction": fraction})
 
 
 def test_without_logits_there_is_no_kl():

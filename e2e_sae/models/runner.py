@@ -13,11 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from e2e_sae.acts import Output, Pass, Position, SAEActs, TokenBatch
+from e2e_sae.compiling import compilable
 from e2e_sae.hooks import is_in_unembedding
 from e2e_sae.models.fast_blocks import can_fuse, fast_blocks
 from e2e_sae.models.head import head_of, run_to_unembedding
 from e2e_sae.models.prefix import Replayed, recording, replaying, shared_prefix, skipped_points
 from e2e_sae.models.splicing import SpliceFunction, splice
+from e2e_sae.ops.logits import with_kept_logits
 from e2e_sae.saes.base import SAE
 
 SAEsAt = Mapping[Position, SAE]
@@ -53,6 +55,7 @@ def run_clean(
     names: Sequence[str],
     *,
     want_logits: bool = True,
+    keep_logits: bool = False,
     reuse: Iterable[Collection[Position]] = (),
 ) -> Pass:
     """Runs the model as it is, without gradients.
@@ -62,6 +65,7 @@ def run_clean(
         batch: token rows.
         names: hook points whose activations are kept.
         want_logits: False: stop as soon as the activations are there.
+        keep_logits: the logits will be needed more than once: compute them here, if there is memory for them.
         reuse: the positions of each spliced pass that will follow: what comes before them is kept for it.
     """
     acts: dict[str, Tensor] = {}
@@ -90,6 +94,8 @@ def run_clean(
     ):
         output = run_model(model, batch, wanted)
     _check_fired(acts, wanted)
+    if output is not None and want_logits and keep_logits:
+        output = with_kept_logits(output)
     return Pass(batch, acts=acts, output=output if want_logits else None, outputs=outputs)
 
 
@@ -174,8 +180,15 @@ def run_ablated(model: nn.Module, clean: Pass, positions: Sequence[Position], ho
 def apply_sae(sae: SAE, x: Float[Tensor, "*tokens d_in"]) -> SAEActs:
     """Returns what an SAE makes of an activation: computed on the SAE's device and in its type, returned on x's."""
     moved = x.to(device=sae.device, dtype=sae.dtype)
-    output, latents = sae(moved)
+    output, latents = _run_sae(sae, moved)
     return SAEActs(moved, latents, output)
+
+
+@compilable
+def _run_sae(
+    sae: SAE, x: Float[Tensor, "*tokens d_in"]
+) -> tuple[Float[Tensor, "*tokens d_in"], Float[Tensor, "*tokens d_sae"]]:
+    return sae(x)
 
 
 def splice_functions(saes: SAEsAt, record: dict[str, SAEActs] | None = None) -> list[tuple[str, SpliceFunction]]:

@@ -246,6 +246,17 @@ def test_a_clean_run_without_logits_stops_after_the_last_wanted_activation(model
     assert not full.acts[PRE].requires_grad
 
 
+def test_logits_kept_by_the_clean_run_are_those_of_the_model(model_of: Callable[[str], Any]):
+    model, batch = model_of("gpt2"), TokenBatch.of(random_tokens(2, 8))
+    kept, not_kept = (run_clean(model, batch, [PRE], keep_logits=keep).output for keep in (True, False))
+    assert kept is not None
+    assert not_kept is not None
+    assert kept.head is None
+    assert not_kept.head is not None
+    torch.testing.assert_close(kept.logits, model(batch.tokens, return_type="logits"))
+    assert run_clean(model, batch, [PRE], want_logits=False, keep_logits=True).output is None
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_ablation_writes_zeros_or_the_mean_over_counted_tokens(masked: bool, model_of: Callable[[str], Any]):
     model, tokens = model_of("gpt2"), random_tokens(2, 8)
