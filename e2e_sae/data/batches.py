@@ -18,6 +18,7 @@ from torch import Tensor
 
 from e2e_sae.data.dataset_config import DatasetConfig
 from e2e_sae.data.packing import cut_rows, encode_documents, row_width, with_bos
+from e2e_sae.data.remembered import RememberedRows
 from e2e_sae.data.sources import (
     Part,
     TextSource,
@@ -54,6 +55,8 @@ class TokenBatches(ABC):
     """Tokens in a row."""
     n_samples: int | None
     """Rows over all epochs; None if that is not known before the end (streamed data)."""
+    is_in_memory: bool = False
+    """Whether a batch takes no reading, decoding or tokenising."""
 
     @abstractmethod
     def iterate(self, batch_size: int, start: int = 0) -> Iterator[Int[Tensor, "batch n_ctx"]]:
@@ -65,6 +68,8 @@ class Rows(ABC):
 
     n_ctx: int
     """Tokens in a row."""
+    is_in_memory: bool
+    """Whether they are all there, and need no decoding."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,6 +81,8 @@ class Rows(ABC):
 
 class PackedText(Rows):
     """A token stream cut into rows, each begun by `bos_id` if there is one."""
+
+    is_in_memory = True
 
     def __init__(self, stream: Integer[ndarray, " n_tokens"], n_ctx: int, bos_id: int | None) -> None:
         self.stream = stream
@@ -101,6 +108,7 @@ class IndexedBatches(TokenBatches):
         self.rows = rows
         self.n_ctx = rows.n_ctx
         self.n_samples = len(rows) * order.n_epochs
+        self.is_in_memory = rows.is_in_memory
         self._order = order
 
     def iterate(self, batch_size: int, start: int = 0) -> Iterator[Int[Tensor, "batch n_ctx"]]:
@@ -132,6 +140,7 @@ class TokenTableRows(Rows):
         self._kept = kept
         self._check = check
         self.n_ctx = n_ctx
+        self.is_in_memory = isinstance(table, ndarray) and not isinstance(table, np.memmap)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -164,7 +173,7 @@ class IdCheck:
 class StreamedBatches(TokenBatches):
     """Rows that come one after another, shuffled through a buffer.
 
-    To begin later, the rows before are read again.
+    To begin later, the rows before are gone through again.
     """
 
     def __init__(
@@ -176,7 +185,7 @@ class StreamedBatches(TokenBatches):
         self.n_ctx = n_ctx
         self.n_samples = None
         self.n_buffer_rows = SHUFFLE_BUFFER_ROWS
-        self._read = read
+        self._read = RememberedRows(read)
         self._order = order
 
     def iterate(self, batch_size: int, start: int = 0) -> Iterator[Int[Tensor, "batch n_ctx"]]:

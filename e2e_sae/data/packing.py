@@ -6,6 +6,7 @@ of the whole data set is dropped. With a BOS, every row is BOS and `n_ctx - 1` t
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from numpy import ndarray
 
 from e2e_sae.errors import UserError
 
-# Tokenizers work on many texts at once in parallel; a chunk bounds the memory.
-_CHUNK_CHARACTERS = 1_000_000
+# Tokenizers work on many texts at once in parallel. A chunk bounds the memory, and how long a stream waits for its next
+# rows; smaller or larger ones take the same time per character.
+_CHUNK_CHARACTERS = 200_000
 _CHUNK_DOCUMENTS = 1_000
+_TOKENIZING = Lock()
 
 
 def separator_id(tokenizer: Any) -> int:
@@ -38,9 +41,11 @@ def encode_documents(texts: Iterable[str], tokenizer: Any) -> Iterator[Integer[n
     """Yields the token ids of each text, the separator at its end and no other special token added."""
     end = separator_id(tokenizer)
     for chunk in _chunks(texts):
-        encoded = tokenizer(
-            chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]  # fmt: skip
+        # Training and evaluation may tokenise at the same time, each in its thread; a call may change the tokenizer.
+        with _TOKENIZING:
+            encoded = tokenizer(
+                chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )["input_ids"]  # fmt: skip
         for ids in encoded:
             yield np.asarray([*ids, end], dtype=np.int64)
 
