@@ -20,7 +20,9 @@ from pydantic import (
 from e2e_sae.base_config import BaseConfig
 from e2e_sae.data.dataset_config import DatasetConfig
 from e2e_sae.losses import LossConfigs
+from e2e_sae.member_overrides import whole_members
 from e2e_sae.models.lm_config import LMConfig, ModelClass, ProcessingConfig
+from e2e_sae.precision import Arithmetic
 from e2e_sae.types import InputPath, OutputPath, PathOrList, StrDtype, StrOrList
 
 OLD_KEYS = {
@@ -85,6 +87,13 @@ class Config(BaseConfig):
     """(new) TransformerLens' weight processing; its defaults are ours."""
     dtype: StrDtype = "float32"
     """(new) Type of the frozen model; SAEs, losses and statistics are float32 (float64 with a float64 model)."""
+    autocast: Literal["bfloat16"] | None = None
+    """(new) `bfloat16`: the model's and the SAEs' matrix products take bfloat16 inputs; the SAEs' parameters, gradients
+    and optimizer, losses and statistics stay float32. null: products in the tensors' own types."""
+    tf32: bool = False
+    """(new) Whether a GPU may round the inputs of float32 products to TF32; false: exact float32 products."""
+    compile: bool = False
+    """(new) Whether torch.compile is used for blocks, SAEs and losses; without a working compiler a warning says so."""
     device: str = "auto"
     """(new) `auto` (CUDA if there is one, else CPU), `cpu`, `cuda`, `cuda:1`, `mps`."""
     saes: SAEsConfig
@@ -135,10 +144,28 @@ class Config(BaseConfig):
     save_every_n_samples: PositiveInt | None = None
     """Samples between two checkpoints; null: only at the end."""
 
+    # --- several SAEs over one clean pass ---
+    members: list[dict[str, Any]] | None = None
+    """(new) Independent runs that share everything else: what each of them changes (`member_overrides.MEMBER_KEYS`).
+    Each ends as it would have ended alone, in a folder of its own."""
+
+    # `info` is pydantic's ValidationInfo (`types.py` says why it is Any).
     @model_validator(mode="before")
     @classmethod
-    def _accept_old_keys(cls, values: Any) -> Any:
-        return rename_old_keys(values) if isinstance(values, Mapping) else values
+    def _accept_old_keys(cls, values: Any, info: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        renamed = rename_old_keys(values)
+        if renamed.get("members") is not None:
+            renamed["members"] = whole_members(cls, renamed, rename_old_keys, info.context)
+        return renamed
+
+    @field_validator("autocast", mode="before")
+    @classmethod
+    def _known_autocast(cls, autocast: Any) -> Any:
+        if autocast not in (None, "bfloat16"):
+            raise ValueError("expected bfloat16 or null (float16 has not the range for gradients, bfloat16 has)")
+        return autocast
 
     @field_validator("device")
     @classmethod
@@ -164,6 +191,7 @@ class Config(BaseConfig):
             )
         if self.min_lr_factor > 1:
             raise ValueError(f"min_lr_factor={self.min_lr_factor} must be at most 1: it is a factor of lr")
+        self._check_dtype()
         self._check_data()
         _ = self.lm  # the model's own cross-checks
         return self
@@ -178,6 +206,15 @@ class Config(BaseConfig):
             raise ValueError(f"{' and '.join(chosen)} exclude each other: give one")
         if chosen and self.tlens_model_path is not None:
             raise ValueError(f"{chosen[0]} needs tlens_model_name: a local model has one version only")
+
+    def _check_dtype(self) -> None:
+        if self.autocast is not None and self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"autocast: {self.autocast} needs dtype: float32 or bfloat16 (given: {self.dtype})")
+        if self.dtype == "float16" and self.loss.needs_downstream:
+            raise ValueError(
+                "dtype: float16 is for local runs only (the gradients of logits_kl and in_to_orig vanish in it): "
+                "use bfloat16"
+            )
 
     def _check_data(self) -> None:
         holdout = self.train_data.holdout_fraction is not None
@@ -204,6 +241,11 @@ class Config(BaseConfig):
             processing=self.tlens_processing,
             dtype=self.dtype,
         )
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How it computes."""
+        return Arithmetic(self.autocast, self.tf32, self.compile)
 
     @property
     def n_accumulation(self) -> int:

@@ -5,6 +5,7 @@ traceback. Every class also derives from the builtin that Python code would expe
 """
 
 import difflib
+import shlex
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,16 +34,21 @@ class RunFailed(RuntimeError):
 class Interrupted(Exception):
     """A run that a signal stopped, after it had saved itself. The command line exits with 128 + `signum`."""
 
-    def __init__(self, signum: int, run_dir: Path | None = None):
+    def __init__(self, signum: int, *run_dirs: Path):
         """
         Args:
             signum: the signal that was received.
-            run_dir: folder that the run can be resumed from; None if it writes nothing.
+            run_dirs: folders that the run, or its members, can be resumed from; none if it writes nothing.
         """
         self.signum = signum
-        self.run_dir = run_dir
-        how = f"; go on with: e2e-sae train --resume {run_dir}" if run_dir else ""
+        self.run_dirs = run_dirs
+        how = f"; go on with: e2e-sae train --resume {shlex.join(map(str, run_dirs))}" if run_dirs else ""
         super().__init__(f"interrupted by {signal.Signals(signum).name}{how}")
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The first folder."""
+        return self.run_dirs[0] if self.run_dirs else None
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:

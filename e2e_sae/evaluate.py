@@ -6,7 +6,7 @@ ce_recovered_zero         (CE_zero - CE_spliced) / (CE_zero - CE_clean): 1 as go
 ce_recovered_mean         the same against writing each position's mean over the batch
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from e2e_sae.acts import Mean, Pass, Position, TokenBatch
 from e2e_sae.data.batches import TokenBatches
+from e2e_sae.data.prefetch import N_AHEAD, DataWait, on_device
 from e2e_sae.hooks import block_of, is_after_blocks
 from e2e_sae.losses import InToOrigLoss, LogitsKLLoss, LossConfigs, LossTerm
 from e2e_sae.metrics import (
@@ -66,12 +67,9 @@ class Measurements:
             prediction = spliced.sae_acts[name].output if at_sae else spliced.acts[name]
             quality.update(prediction.detach(), clean.at(name), spliced.batch.counted)
 
-    def update_ablated(self, model: nn.Module, clean: Pass, positions: Sequence[Position]) -> None:
-        """Adds a batch's cross-entropies with the positions ablated: two more runs of the model."""
-        batch = clean.batch
-        for how in ABLATIONS:
-            output = run_ablated(model, clean, positions, how)
-            self._ablated_ce.update({how: Mean(*next_token_ce(output, batch.tokens, batch.counted))})
+    def update_ablated(self, ce: dict[str, Mean]) -> None:
+        """Adds a batch's cross-entropies with the positions ablated, as `ablated_ce` gives them."""
+        self._ablated_ce.update(ce)
 
     def compute(self) -> dict[str, float]:
         """Returns all metrics by log key; waits for the device."""
@@ -86,6 +84,15 @@ class Measurements:
             gap = ablated - clean
             metrics[f"{stem}/ce_recovered_{how}"] = (ablated - spliced) / gap if gap else float("nan")
         return metrics
+
+
+def ablated_ce(model: nn.Module, clean: Pass, positions: Sequence[Position]) -> dict[str, Mean]:
+    """Returns a batch's cross-entropy by how the positions are ablated: two more runs of the model."""
+    batch = clean.batch
+    return {
+        how: Mean(*next_token_ce(run_ablated(model, clean, positions, how), batch.tokens, batch.counted))
+        for how in ABLATIONS
+    }
 
 
 class Evaluation(NamedTuple):
@@ -105,7 +112,48 @@ class Evaluation(NamedTuple):
         return values
 
 
-@torch.inference_mode()
+class _Evaluated:
+    """A spliced model while it is being evaluated."""
+
+    def __init__(self, model: SAETransformer, loss: LossConfigs):
+        self._model = model
+        self.saes = model.saes_at()
+        n_layers: int = model.tlens_model.cfg.n_layers  # pyright: ignore
+        everywhere = [f"blocks.{i}.hook_resid_post" for i in range(n_layers)]
+        in_to_orig = loss.in_to_orig or InToOrigLoss(total_coeff=0.0, hook_positions=everywhere)
+        kl = (loss.logits_kl or LogitsKLLoss(coeff=0.0)).model_copy(update={"position_fraction": 1.0})
+        self._terms = loss.model_copy(update={"in_to_orig": in_to_orig, "logits_kl": kl}).terms
+        quality_names = quality_positions(model.positions, n_layers)
+        self._names = list(dict.fromkeys([*in_to_orig.hook_positions, *quality_names]))
+        self._measurements = Measurements("eval", self._terms, quality_names)
+        self._firing = FiringCounts({position.name: sae.d_sae for position, sae in self.saes.items()})
+
+    @property
+    def clean_names(self) -> list[str]:
+        """Hook points that it needs from the clean pass."""
+        return clean_names(self.saes, self._names)
+
+    def update(self, clean: Pass, ablated: dict[tuple[Position, ...], dict[str, Mean]]) -> None:
+        """Adds a batch.
+
+        Args:
+            clean: its clean pass.
+            ablated: what is known of the batch with positions ablated; what is found out is added.
+        """
+        lm, positions = self._model.tlens_model, tuple(self.saes)
+        spliced = run_spliced(lm, clean.batch, self.saes, self._names, clean)
+        values = {key: mean for term in self._terms for key, mean in term.values(clean, spliced).items()}
+        self._measurements.update(clean, spliced, values)
+        if positions not in ablated:
+            ablated[positions] = ablated_ce(lm, clean, positions)
+        self._measurements.update_ablated(ablated[positions])
+        self._firing.update(spliced)
+
+    def result(self) -> Evaluation:
+        """Returns what was found."""
+        return Evaluation(self._measurements.compute(), self._firing)
+
+
 def evaluate(
     model: SAETransformer,
     batches: Iterable[TokenBatch],
@@ -126,33 +174,35 @@ def evaluate(
     Raises:
         ValueError: there is no batch.
     """
-    lm, saes = model.tlens_model, model.saes_at()
-    n_layers: int = lm.cfg.n_layers  # pyright: ignore
-    everywhere = [f"blocks.{i}.hook_resid_post" for i in range(n_layers)]
-    in_to_orig = loss.in_to_orig or InToOrigLoss(total_coeff=0.0, hook_positions=everywhere)
-    kl = loss.logits_kl or LogitsKLLoss(coeff=0.0)
-    terms = loss.model_copy(update={"in_to_orig": in_to_orig, "logits_kl": kl}).terms
-    quality_names = quality_positions(model.positions, n_layers)
-    names = list(dict.fromkeys([*in_to_orig.hook_positions, *quality_names]))
-    measurements = Measurements("eval", terms, quality_names)
-    firing = FiringCounts({position.name: sae.d_sae for position, sae in saes.items()})
-    was_training = model.saes.training
-    model.saes.eval()
+    (evaluation,) = evaluate_together([(model, loss)], batches, n_batches)
+    return evaluation
+
+
+@torch.inference_mode()
+def evaluate_together(
+    models: Sequence[tuple[SAETransformer, LossConfigs]], batches: Iterable[TokenBatch], n_batches: int | None = None
+) -> list[Evaluation]:
+    """Returns what `evaluate` finds for each of several spliced models of one language model, over one clean pass."""
+    lm = models[0][0].tlens_model
+    evaluated = [_Evaluated(model, loss) for model, loss in models]
+    names = list(dict.fromkeys(name for one in evaluated for name in one.clean_names))
+    were_training = [model.saes.training for model, _ in models]
+    for model, _ in models:
+        model.saes.eval()
     try:
         n_seen = 0
         for batch in progress_bar(batches, total=n_batches, desc="evaluating", inner=True):
-            clean = run_clean(lm, batch, clean_names(saes, names), reuse=[saes])
-            spliced = run_spliced(lm, batch, saes, names, clean)
-            values = {key: mean for term in terms for key, mean in term.values(clean, spliced).items()}
-            measurements.update(clean, spliced, values)
-            measurements.update_ablated(lm, clean, model.positions)
-            firing.update(spliced)
+            clean = run_clean(lm, batch, names, keep_logits=len(models) > 1, reuse=[one.saes for one in evaluated])
+            ablated: dict[tuple[Position, ...], dict[str, Mean]] = {}
+            for one in evaluated:
+                one.update(clean, ablated)
             n_seen += 1
     finally:
-        model.saes.train(was_training)
+        for (model, _), was_training in zip(models, were_training, strict=True):
+            model.saes.train(was_training)
     if not n_seen:
         raise ValueError("there is no batch to evaluate on")
-    return Evaluation(measurements.compute(), firing)
+    return [one.result() for one in evaluated]
 
 
 def quality_positions(positions: Sequence[Position], n_layers: int) -> list[str]:
@@ -174,11 +224,24 @@ def token_batches(
     exclude_token_ids: list[int],
     device: torch.device,
     start: int = 0,
-) -> Iterable[TokenBatch]:
-    """Yields batches from sample `start` on, on the device; whole batches until `n_samples` is reached."""
-    seen = start
-    for tokens in source.iterate(batch_size, start):
-        if n_samples is not None and seen >= n_samples:
-            return
-        yield TokenBatch.of(tokens, exclude_token_ids, device)
-        seen += len(tokens)
+    wait: DataWait | None = None,
+    n_ahead: int = N_AHEAD,
+) -> Generator[TokenBatch, None, None]:
+    """Yields batches from sample `start` on, on the device; whole batches until `n_samples` is reached.
+
+    They may come from a background thread, which ends with the generator: close it if it is left early.
+
+    Args:
+        wait: told how long each batch was waited for.
+        n_ahead: batches that the thread keeps ready at most.
+    """
+
+    def batches() -> Iterator[TokenBatch]:
+        seen = start
+        for tokens in source.iterate(batch_size, start):
+            if n_samples is not None and seen >= n_samples:
+                return
+            yield TokenBatch.of(tokens, exclude_token_ids, start=seen)
+            seen += len(tokens)
+
+    yield from on_device(batches(), device, wait, n_ahead=n_ahead, are_instant=source.is_in_memory)

@@ -14,6 +14,7 @@ from e2e_sae.log import logger
 from e2e_sae.models.lm import load_lm, model_facts
 from e2e_sae.models.sae_transformer import SAETransformer
 from e2e_sae.models.stored import lm_config_of
+from e2e_sae.precision import computing
 from e2e_sae.setup import load_eval_batches
 
 
@@ -54,6 +55,7 @@ def evaluate_run_dir(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict
     device = next(lm.parameters()).device
     tokens = token_batches(batches, config.batch_size, n_samples, data.exclude_token_ids, device)
     n_batches = None if n_samples is None else -(-n_samples // config.batch_size)
-    evaluation = evaluate(model, tokens, config.loss, n_batches)
+    with computing(config.arithmetic, device):
+        evaluation = evaluate(model, tokens, config.loss, n_batches)
     alive = {f"sparsity/eval/alive_dict_elements/{n}": evaluation.firing.n_alive(n) for n in evaluation.firing.counts}
     return {**evaluation.metrics, **alive}

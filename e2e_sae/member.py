@@ -3,6 +3,7 @@
 Several members can train on one clean pass; each ends where it would have ended alone.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from e2e_sae.checkpoint.records import CheckpointInfo, StoredModel, StoredSAEInf
 from e2e_sae.checkpoint.run_dir import RunDir
 from e2e_sae.config import Config
 from e2e_sae.errors import RunFailed
-from e2e_sae.evaluate import Measurements, clean_names
+from e2e_sae.evaluate import Measurements, ablated_ce, clean_names
+from e2e_sae.guarded_adam import GuardedAdam
 from e2e_sae.losses import weighted_loss
 from e2e_sae.metrics import FiringCounts, FiringWindow
 from e2e_sae.models.runner import run_local, run_spliced
@@ -52,15 +54,14 @@ class Member:
         self.model = model
         self.run_dir = run_dir
         """None: nothing is written."""
+        self.label = ""
+        """Names it in what is said, where there are several."""
         self.trackers: list[Tracker] = []
         self.lines: list[dict[str, Any]] = []
         """What was logged, where there is no run folder to read it from."""
         self._schedule = schedule
         self._stored_model = stored_model
-        self._parameters = [p for p in model.saes.parameters() if p.requires_grad]
-        # Fused: one pass over the parameters instead of a dozen. Not on MPS.
-        fused = all(p.device.type in ("cpu", "cuda") for p in self._parameters)
-        self._optimizer = torch.optim.Adam(self._parameters, lr=config.lr, fused=fused)
+        self._optimizer = GuardedAdam([p for p in model.saes.parameters() if p.requires_grad], config.max_grad_norm)
         self._terms = config.loss.terms
         self._saes = model.saes_at()
         in_to_orig = config.loss.in_to_orig
@@ -83,44 +84,36 @@ class Member:
         return self.config.lr * self._schedule.factor(step)
 
     def backward(self, clean: Pass, weight: float, step: int) -> BatchResult:
-        """Runs the spliced pass of a batch and adds `weight` times its loss's gradient.
+        """Runs the spliced pass of a batch and adds `weight` times its loss's gradient; see `check`.
 
         Args:
             clean: holds the activations at `clean_names`, and logits if they are wanted.
             weight: the batch's share of the step's counted tokens.
-            step: for the message.
-
-        Raises:
-            RunFailed: the loss is not finite; no optimizer step has been made.
+            step: number of the optimizer step it belongs to, counted from 0.
         """
         if self.wants_logits:
             spliced = run_spliced(self.model.tlens_model, clean.batch, self._saes, self._downstream_names, clean)
         else:
+            clean = replace(clean, output=None)  # there for other members, and in this one's log only beside them
             spliced = run_local(clean, self._saes)
         total, values = weighted_loss(self._terms, clean, spliced)
-        if not torch.isfinite(total):  # waits for the device
-            broken = [f"'{key}' is {mean.value.item()}" for key, mean in values.items() if not mean.value.isfinite()]
-            self._fail(step, f"loss term {', '.join(broken) or 'total is ' + str(total.item())}")
+        self._optimizer.watch(step, total, values)
         (total * weight).backward()
         return BatchResult(clean, spliced, total.detach(), values)
 
-    def step(self, step: int) -> float:
-        """Makes an optimizer step and returns the gradient's norm before clipping.
+    def step(self, step: int) -> Float[Tensor, ""]:
+        """Makes an optimizer step, unless something was not finite, and returns the gradient's norm before clipping."""
+        return self._optimizer.step(step, self.lr_at(step))
+
+    def check(self) -> None:
+        """Waits for the device and asks whether everything was finite.
 
         Raises:
-            RunFailed: the gradient is not finite; the step has not been made.
+            RunFailed: a loss or gradient was not; that step has not been made, nor any after it.
         """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            self._fail(step, f"the gradient's norm is {norm.item()}")
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.max_grad_norm, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.lr_at(step)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        trouble = self._optimizer.trouble()
+        if trouble is not None:
+            self._fail(trouble.step, trouble.what)
 
     def measure(self, result: BatchResult) -> dict[str, float]:
         """Returns the training metrics of one batch by log key; changes nothing."""
@@ -128,11 +121,16 @@ class Member:
         with torch.no_grad():
             measurements.update(result.clean, result.spliced, result.values)
             if result.clean.output is not None:
-                measurements.update_ablated(self.model.tlens_model, result.clean, self.model.positions)
+                measurements.update_ablated(ablated_ce(self.model.tlens_model, result.clean, self.model.positions))
         return {"loss": result.total.item(), **measurements.compute()}
 
     def save(self, n_samples: int, n_steps: int, loop_state: dict[str, Any]) -> None:
-        """Writes a checkpoint into the run folder, if there is one."""
+        """Writes a checkpoint into the run folder, if there is one.
+
+        Raises:
+            RunFailed: see `check`.
+        """
+        self.check()
         if self.run_dir is None:
             return
         infos: dict[str, StoredSAEInfo] = {}

@@ -189,9 +189,11 @@ class FiringCounts:
         """Adds one batch. At a per-head hook point a token counts once for every head."""
         counted = spliced.batch.counted
         for name, acts in spliced.sae_acts.items():
-            fired = (acts.latents != 0) if counted is None else (acts.latents != 0)[counted]
-            counts = self.counts[name].to(fired.device)
-            self.counts[name] = counts + fired.reshape(-1, fired.shape[-1]).sum(0)
+            fired = acts.latents != 0
+            if counted is not None:  # not an index: that would wait for the device
+                fired &= counted.reshape(*counted.shape, *[1] * (fired.ndim - 2)).to(fired.device)
+            n_fired = fired.reshape(-1, fired.shape[-1]).sum(0)
+            self.counts[name] = n_fired + self.counts[name].to(fired.device) if self.n_tokens else n_fired
         self.n_tokens += spliced.batch.n_counted
 
     def n_alive(self, name: str) -> int:

@@ -1,9 +1,9 @@
-"""From a config to everything a run needs, checked before anything is written; and where an old run goes on."""
+"""From a config to everything a run needs: what members share, then each member; checked before anything is written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,47 +11,21 @@ from torch import nn
 from e2e_sae.checkpoint import load_run
 from e2e_sae.checkpoint.files import read_json, write_json
 from e2e_sae.checkpoint.records import StoredModel
-from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint, read_checkpoint_info, read_resume_state
+from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint
 from e2e_sae.config import Config
 from e2e_sae.data.batches import TokenBatches, load_token_batches, same_rows
-from e2e_sae.errors import CheckpointError, UserError
+from e2e_sae.errors import UserError
+from e2e_sae.group import member_configs
 from e2e_sae.hooks import check_per_token, exact_hook_name, is_later, resolve_hook_names
 from e2e_sae.log import logger
 from e2e_sae.member import Member
 from e2e_sae.models.lm import is_bridge, load_lm, model_facts
 from e2e_sae.models.sae_transformer import SAETransformer
 from e2e_sae.models.stored import check_same_model, copy_parameters
-from e2e_sae.optim import make_schedule
+from e2e_sae.optim import Schedule, make_schedule
+from e2e_sae.resume import Resumed
 from e2e_sae.trackers import JsonlTracker, cut_back
 from e2e_sae.wandb_tracker import WandbRunId, WandbTracker, start_wandb
-
-HARMLESS_KEYS = {
-    "wandb_project", "wandb_run_name", "wandb_run_name_prefix", "device", "save_dir", "save_every_n_samples",
-    "log_every_n_grad_steps", "eval_every_n_samples", "eval_n_samples", "eval_data",
-    "collect_act_frequency_every_n_samples", "act_frequency_n_tokens",
-}  # fmt: skip
-"""Keys that may differ when a run is resumed: none of them changes the weights."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """An old run, and where it goes on."""
-
-    run_dir: RunDir
-    """Its folder."""
-    config: Config
-    """The config to go on with."""
-    checkpoint: Path | None
-    """The newest whole checkpoint; None: start over."""
-    state: dict[str, Any] | None
-    """What it saved of the loop, the optimizer and the statistics."""
-    is_finished: bool = False
-    """Whether there is nothing left to do."""
-
-    @property
-    def loop_state(self) -> dict[str, int] | None:
-        """Where the loop was."""
-        return self.state["loop"] if self.state else None
 
 
 @dataclass(frozen=True)
@@ -59,91 +33,60 @@ class Parts:
     """What `train` puts together."""
 
     lm: nn.Module
-    member: Member
+    members: list[Member]
     train_batches: TokenBatches
     eval_batches: TokenBatches | None
     n_groups: int | None
     device: torch.device
 
+    @property
+    def member(self) -> Member:
+        """The first member: of a run without `members`, the one there is."""
+        return self.members[0]
 
-def set_up(config: Config, resume: Resumed | None = None, wandb: WandbTracker | None = None) -> Parts:
-    """Loads the model and the data, builds the SAEs, and only then makes the run's folder and starts W&B.
+
+class _Planned(NamedTuple):
+    """A member that has been checked, before anything of it is on disk."""
+
+    config: Config
+    model: SAETransformer
+    schedule: Schedule
+
+
+def set_up(config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker | None = None) -> Parts:
+    """Loads the model and the data, builds the SAEs, and only then makes the run folders and starts W&B.
 
     Args:
         config: what to set up.
-        resume: the old run that goes on.
+        resume: the old runs that go on, one for each member.
         wandb: a W&B run that has been started already.
 
     Raises:
         UserError: anything that the config asks for is not there or does not fit.
     """
-    lm = load_lm(config.lm, config.device)
-    facts = model_facts(lm)
-    train_batches, eval_batches = _load_data(config, lm)
-    n_groups = _plan(config, train_batches)
-    n_samples = None if n_groups is None else config.n_samples or train_batches.n_samples
-    schedule = make_schedule(
-        config.lr_schedule,
-        n_samples=n_samples,
-        effective_batch_size=config.samples_per_step,
-        warmup_samples=config.warmup_samples,
-        cooldown_samples=config.cooldown_samples,
-        min_factor=config.min_lr_factor,
-    )
-    names = resolve_hook_names(lm, config.saes.sae_positions)
-    logger.info(f"SAEs at: {', '.join(names)}")
-    config = _with_exact_downstream(config, lm, names)
-    model = SAETransformer(lm, names, config.saes.dict_size_to_input_ratio, seed=config.seed)
-    model.saes.to(facts.device)
-    if config.saes.pretrained_sae_paths:
-        _load_pretrained(model, config.saes.pretrained_sae_paths, config.saes.retrain_saes)
-    if resume is not None and resume.checkpoint is not None:
-        run = read_checkpoint(resume.checkpoint)
-        check_same_model(run, lm)
-        for name, stored in run.saes.items():
-            (sae,) = model.saes_at([name]).values()
-            copy_parameters(sae, stored, resume.checkpoint)
-    # After loading, which takes over a stored float64.
-    model.saes.to(torch.float64 if config.dtype == "float64" else torch.float32)
-    run_dir = _open_run_dir(config, resume)
-    member = Member(config, model, schedule, run_dir, _stored_model(config, lm))
-    if resume is not None and resume.state is not None:
-        member.load_state(resume.state)
-    if run_dir is not None:
-        logger.info(f"run folder: {run_dir.path}")
-        member.trackers.append(JsonlTracker(run_dir.metrics_file))
+    configs = member_configs(config)
+    if wandb is not None and len(configs) > 1:
+        raise UserError(
+            "a run of a W&B sweep cannot have members: `e2e-sae sweep --shared` trains a sweep's runs together"
+        )
+    shared = configs[0]  # the data seeds are the same in all
+    lm = load_lm(shared.lm, shared.device)
+    train_batches, eval_batches = _load_data(shared, lm)
+    n_groups = _plan(shared, train_batches)
+    n_samples = None if n_groups is None else shared.n_samples or train_batches.n_samples
+    olds = list(resume) or [None] * len(configs)
+    planned = [_plan_member(c, lm, n_samples, old) for c, old in zip(configs, olds, strict=True)]
+    for names in dict.fromkeys(", ".join(plan.model.raw_sae_positions) for plan in planned):
+        logger.info(f"SAEs at: {names}")
+    members = [_make_member(*plan, lm, old) for plan, old in zip(planned, olds, strict=True)]
+    for n, member in enumerate(members, start=1):
+        if len(members) > 1:
+            member.label = f"member {n} of {len(members)}, {member.config.run_name}"
+        if member.run_dir is not None:
+            logger.info(f"run folder: {member.run_dir.path}")
     # Last: a mistake that is found above leaves no run behind at W&B.
-    wandb = wandb or _start_wandb(config, run_dir)
-    if wandb is not None:
-        wandb.describe(config.run_name, config)
-        if run_dir is not None:
-            write_json(run_dir.wandb_file, wandb.run_id.to_dict())
-        member.trackers.append(wandb)
-    return Parts(lm, member, train_batches, eval_batches, n_groups, facts.device)
-
-
-def prepare_resume(path: str | Path, config: Config | None = None) -> Resumed:
-    """Finds where an interrupted run goes on, and changes nothing yet; see `train.resume_training`."""
-    run_dir = RunDir.open(path)
-    own = Config.from_file(run_dir.config_file)
-    if config is not None:
-        _check_same_mathematics(own, config)
-    config = config or own
-    for checkpoint in run_dir.checkpoints():
-        try:
-            read_checkpoint_info(checkpoint)
-        except CheckpointError as error:
-            logger.warning(f"{error}: trying the one before")
-            continue
-        if run_dir.summary_file.exists() and checkpoint == run_dir.checkpoints()[0]:
-            logger.info(f"this run is finished: {checkpoint}")
-            return Resumed(run_dir, config, checkpoint, None, is_finished=True)
-        # A whole checkpoint without it is an error, not a reason to go further back or to start over.
-        state = read_resume_state(checkpoint)
-        logger.info(f"resuming from {checkpoint.name}")
-        return Resumed(run_dir, config, checkpoint, state)
-    logger.info(f"'{run_dir.path}' has no whole checkpoint: starting over in the same folder")
-    return Resumed(run_dir, config, None, None)
+    _start_wandb(members, wandb)
+    return Parts(lm, members, train_batches, eval_batches, n_groups, model_facts(lm).device)
 
 
 def load_eval_batches(config: Config, lm: nn.Module) -> TokenBatches | None:
@@ -256,6 +199,46 @@ def _load_pretrained(model: SAETransformer, paths: Sequence[Path], retrain: bool
         )
 
 
+def _plan_member(config: Config, lm: nn.Module, n_samples: int | None, resume: Resumed | None) -> _Planned:
+    """Builds a member's SAEs, with what is stored of them."""
+    schedule = make_schedule(
+        config.lr_schedule,
+        n_samples=n_samples,
+        effective_batch_size=config.samples_per_step,
+        warmup_samples=config.warmup_samples,
+        cooldown_samples=config.cooldown_samples,
+        min_factor=config.min_lr_factor,
+    )
+    names = resolve_hook_names(lm, config.saes.sae_positions)
+    config = _with_exact_downstream(config, lm, names)
+    model = SAETransformer(lm, names, config.saes.dict_size_to_input_ratio, seed=config.seed)
+    model.saes.to(model_facts(lm).device)
+    if config.saes.pretrained_sae_paths:
+        _load_pretrained(model, config.saes.pretrained_sae_paths, config.saes.retrain_saes)
+    if resume is not None and resume.checkpoint is not None:
+        run = read_checkpoint(resume.checkpoint)
+        check_same_model(run, lm)
+        for name, stored in run.saes.items():
+            (sae,) = model.saes_at([name]).values()
+            copy_parameters(sae, stored, resume.checkpoint)
+    # After loading, which takes over a stored float64.
+    model.saes.to(torch.float64 if config.dtype == "float64" else torch.float32)
+    return _Planned(config, model, schedule)
+
+
+def _make_member(
+    config: Config, model: SAETransformer, schedule: Schedule, lm: nn.Module, resume: Resumed | None
+) -> Member:
+    """Opens a member's run folder."""
+    run_dir = _open_run_dir(config, resume)
+    member = Member(config, model, schedule, run_dir, _stored_model(config, lm))
+    if resume is not None and resume.state is not None:
+        member.load_state(resume.state)
+    if run_dir is not None:
+        member.trackers.append(JsonlTracker(run_dir.metrics_file))
+    return member
+
+
 def _open_run_dir(config: Config, resume: Resumed | None) -> RunDir | None:
     if resume is not None:
         resume.run_dir.go_back_to(resume.checkpoint)
@@ -266,14 +249,20 @@ def _open_run_dir(config: Config, resume: Resumed | None) -> RunDir | None:
     return RunDir.create(config.save_dir, config.run_name, config.to_yaml())
 
 
-def _start_wandb(config: Config, run_dir: RunDir | None) -> WandbTracker | None:
-    """Starts W&B if the config asks for it; a resumed run goes on in the W&B run that it began."""
-    if config.wandb_project is None:
-        return None
-    known = None
-    if run_dir is not None and run_dir.wandb_file.exists():
-        known = WandbRunId.from_dict(read_json(run_dir.wandb_file))
-    return start_wandb(config.wandb_project, known)
+def _start_wandb(members: Sequence[Member], started: WandbTracker | None) -> None:
+    """Gives every member its W&B run if the config asks for it; a resumed one goes on in the W&B run that it began."""
+    for member in members:
+        config, run_dir, known, tracker = member.config, member.run_dir, None, started
+        if tracker is None and config.wandb_project is not None:
+            if run_dir is not None and run_dir.wandb_file.exists():
+                known = WandbRunId.from_dict(read_json(run_dir.wandb_file))
+            tracker = start_wandb(config.wandb_project, known, beside_others=member is not members[0])
+        if tracker is None:
+            return  # whatever kept it away would keep the others' away as well
+        tracker.describe(config.run_name, config)
+        if run_dir is not None:
+            write_json(run_dir.wandb_file, tracker.run_id.to_dict())
+        member.trackers.append(tracker)
 
 
 def _stored_model(config: Config, lm: nn.Module) -> StoredModel:
@@ -292,24 +281,3 @@ def _stored_model(config: Config, lm: nn.Module) -> StoredModel:
         n_layers=facts.n_layers,
         d_vocab=facts.d_vocab,
     )
-
-
-def _check_same_mathematics(old: Config, new: Config) -> None:
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
-    changed = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] not in HARMLESS_KEYS and before.get(key) != after.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"cannot resume with a config that changes what is computed ({'; '.join(changed)}): "
-            "start a new run, or resume without a config"
-        )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -175,12 +175,15 @@ class WandbTracker:
             self._failures.append(_first_line(error))
 
 
-def start_wandb(project: str | None, known: WandbRunId | None = None) -> WandbTracker | None:
+def start_wandb(
+    project: str | None, known: WandbRunId | None = None, *, beside_others: bool = False
+) -> WandbTracker | None:
     """Starts a W&B run, or goes on with a known one; None, after one warning, if that cannot be.
 
     Args:
         project: where; None only in a sweep, whose agent knows.
         known: the run to go on with.
+        beside_others: runs of this process are open, and stay so.
     """
     load_env_file()
     errors = wandb_errors()
@@ -196,6 +199,7 @@ def start_wandb(project: str | None, known: WandbRunId | None = None) -> WandbTr
             id=known.id if known else None,
             resume="allow" if known else None,
             mode=mode,
+            reinit="create_new" if beside_others else None,
             save_code=True,
             settings=wandb.Settings(
                 init_timeout=START_TIMEOUT_S,
@@ -205,7 +209,8 @@ def start_wandb(project: str | None, known: WandbRunId | None = None) -> WandbTr
             ),
         )
     except errors as error:
-        end_wandb_service()
+        if not beside_others:
+            end_wandb_service()
         logger.warning(f"W&B could not be started ({_reason(error)}): the run goes on without it")
         return None
     where = f"offline, in {run.settings.sync_dir}" if run.offline else run.url

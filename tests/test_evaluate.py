@@ -90,6 +90,26 @@ def test_recovered_cross_entropy_is_one_for_a_perfect_sae_and_zero_for_one_that_
     assert perfect[f"quality/eval/fvu/{PRE}"] == pytest.approx(0, abs=1e-9)
 
 
+def test_the_evaluation_takes_every_token_whatever_share_the_training_takes(model: SAETransformer):
+    batches = [TokenBatch.of(random_tokens(3, 8))]
+    values = [
+        evaluate(model, batches, LossConfigs.from_dict({**LOSS.to_dict(), "logits_kl": kl})).metrics
+        for kl in ({"coeff": 1.0}, {"coeff": 1.0, "position_fraction": 0.2})
+    ]
+    assert values[0] == values[1]
+
+
+def test_batches_know_their_place_in_the_data():
+    class Rows(TokenBatches):
+        n_ctx = 4
+
+        def iterate(self, batch_size: int, start: int = 0) -> Iterator[Int[Tensor, "batch n_ctx"]]:
+            yield from torch.arange(40).view(10, 4)[start:].split(batch_size)
+
+    batches = token_batches(Rows(), 3, None, [5], torch.device("cpu"), 2)
+    assert [(batch.start, int(batch.tokens[0, 0])) for batch in batches] == [(2, 8), (5, 20), (8, 32)]
+
+
 def test_evaluating_changes_nothing(model: SAETransformer):
     before = {name: p.detach().clone() for name, p in model.saes.named_parameters()}
     random_state, mode = torch.get_rng_state(), model.saes.training

@@ -28,6 +28,8 @@ LAYERS = [
     "hooks",
     "distributed",
     # Arithmetic.
+    "compiling",
+    "precision",
     "ops",
     # Components.
     "saes",
@@ -36,9 +38,12 @@ LAYERS = [
     "metrics",
     "muon",
     "optim",
+    "guarded_adam",
     # The whole run as data. What a model is, as settings, stands above the code that loads one.
     "models.lm_config",
+    "member_overrides",
     "config",
+    "group",
     "run_types",
     "checkpoint",
     "convert",
@@ -54,12 +59,14 @@ LAYERS = [
     # A run: its members, how it begins, the loop, its summary.
     "member",
     "health",
+    "resume",
     "setup",
     "evaluate_run",
     "train",
     "plotting",
     "sweeps",
     "demo",
+    "bench",
     "new_config",
     # Import paths of the paper's library.
     "legacy",

@@ -118,9 +118,10 @@ def test_resume_state_is_kept_by_the_newest_two_only(finished: Path, tmp_path: P
         {"loss": LOCAL, "train_data": {"n_epochs": 2}, "effective_batch_size": 4, "warmup_samples": 4},
         {"loss": E2E_DS, "train_data": {"n_epochs": 2, "holdout_fraction": 0.2}, "eval_every_n_samples": 4},
         {"loss": E2E, "train_data": {"n_epochs": 2}, "max_grad_norm": 0.1, "dtype": "float64"},
+        {"loss": {**E2E, "logits_kl": {"coeff": 1.0, "position_fraction": 0.3}}, "train_data": {"n_epochs": 2}},
         {"loss": LOCAL, "train_data": {"n_epochs": 2}, "saes": {"sae_positions": [A, "blocks.1.attn.hook_z"]}},
     ],
-    ids=["local, accumulation", "e2e+ds, held-out rows", "e2e, float64", "per-head SAE"],
+    ids=["local, accumulation", "e2e+ds, held-out rows", "e2e, float64", "e2e, some positions", "per-head SAE"],
 )
 def test_every_kind_of_run_goes_on_in_the_middle_of_an_epoch(
     tmp_path: Path, model: Path, changes: dict[str, Any]

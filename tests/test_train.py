@@ -1,21 +1,26 @@
 import json
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
+from e2e_sae.acts import Mean, Pass, Position
 from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint
 from e2e_sae.config import Config
+from e2e_sae.data.batches import RowOrder, StreamedBatches
 from e2e_sae.errors import RunFailed, UserError
+from e2e_sae.losses import OutToInLoss
 from e2e_sae.scripts.cli import main
 from e2e_sae.setup import set_up
-from e2e_sae.train import train
+from e2e_sae.train import Trainer, train
 from tests.tiny_models import random_tokens
 from tests.tiny_runs import (
     E2E,
@@ -264,16 +269,114 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, model: Path, 
     member.close()
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path, model: Path, rows: Path) -> None:
+@pytest.mark.parametrize("asks", ["check", "save"])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_found_when_asked_for(
+    tmp_path: Path, model: Path, rows: Path, asks: str
+) -> None:
     member = set_up(run_config(model, rows, tmp_path)).member
     parameters = list(member.model.saes.parameters())
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, math.nan)
     before = [parameter.detach().clone() for parameter in parameters]
+    member.step(7)
     with pytest.raises(RunFailed, match="the gradient's norm is nan at step 8.*no checkpoint had been saved"):
-        member.step(7)
+        member.check() if asks == "check" else member.save(16, 8, {})
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    assert member.run_dir is not None
+    assert member.run_dir.checkpoints() == []
     member.close()
+
+
+@pytest.mark.parametrize("effective_batch_size", [2, 4], ids=["one batch a step", "two batches a step"])
+def test_a_bad_step_between_two_lines_of_the_log_stops_at_the_next_with_the_weights_of_before(
+    tmp_path: Path, model: Path, rows: Path, effective_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {"effective_batch_size": effective_batch_size, "lr_schedule": "linear"}
+    values |= {"log_every_n_grad_steps": 4, "train_data": {"shuffle": False}}
+    n_good = 2 * effective_batch_size
+    good = weights(train(run_config(model, rows, tmp_path / "good", n_samples=n_good, **values)))
+    # The first batch of the third step is bad, and none after it.
+    honest, n_batches = OutToInLoss.values, iter(range(1000))
+
+    def values_with_a_bad_batch(self: OutToInLoss, *passes: Pass) -> dict[str, Mean]:
+        factor = math.inf if next(n_batches) * 2 == n_good else 1.0
+        return {name: Mean(mean.sum * factor, mean.count) for name, mean in honest(self, *passes).items()}
+
+    monkeypatch.setattr(OutToInLoss, "values", values_with_a_bad_batch)
+    parts = set_up(run_config(model, rows, tmp_path / "bad", n_samples=20, **values))
+    trainer = Trainer(parts.member.config, parts.lm, [parts.member], parts.train_batches, None, 5, parts.device)
+    with pytest.raises(RunFailed, match=f"loss term 'out_to_in/{A}' is inf at step 3: stopped before"):
+        trainer.run()
+    assert trainer.state.n_steps == 4
+    sae = dict(parts.member.model.saes_at()[Position(A, A)].named_parameters())
+    assert_same({f"{A}/{key}": tensor.detach() for key, tensor in sae.items()}, good)
+    parts.member.close()
+    assert parts.member.run_dir is not None
+    assert [line["samples"] for line in lines_of(parts.member.run_dir.path)] == [2]
+
+
+# --- data from a thread ---
+
+
+def streaming_trainer(model: Path, rows: Path, save_dir: Path, read: Callable[[], Iterator[np.ndarray]]) -> Trainer:
+    config = run_config(model, rows, save_dir, effective_batch_size=4, train_data={"shuffle": False})
+    parts = set_up(config)
+    batches = StreamedBatches(read, N_CTX, RowOrder(shuffle=False))
+    return Trainer(config, parts.lm, parts.members, batches, None, parts.n_groups, parts.device)
+
+
+def n_prefetch_threads() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_rows_that_are_streamed_in_a_thread_train_the_same_weights_and_the_wait_is_said_but_not_logged(
+    tmp_path: Path, model: Path, rows: Path
+) -> None:
+    seen_in: set[str] = set()
+
+    def read() -> Iterator[np.ndarray]:
+        seen_in.add(threading.current_thread().name)
+        yield from random_tokens(20, N_CTX).numpy()
+
+    trainer = streaming_trainer(model, rows, tmp_path / "streamed", read)
+    with console() as said:
+        trainer.run()
+    trainer.members[0].close()
+    assert seen_in == {"prefetch"}
+    assert n_prefetch_threads() == 0
+    values: dict[str, Any] = {"effective_batch_size": 4, "train_data": {"shuffle": False}}
+    with console() as said_without:
+        plain = train(run_config(model, rows, tmp_path / "plain", **values))
+    for lines in (said, said_without):
+        (line,) = [line for line in lines if "waited" in line]
+        assert line.startswith("waited for data ")
+    assert trainer.members[0].run_dir is not None
+    streamed = trainer.members[0].run_dir.path
+    assert_same(weights(streamed), weights(plain))
+    assert lines_of(streamed) == lines_of(plain)
+
+
+@pytest.mark.parametrize("ends", ["the data are broken", "the loss is"])
+def test_a_run_that_ends_with_an_error_leaves_no_thread(tmp_path: Path, model: Path, rows: Path, ends: str) -> None:
+    def read() -> Iterator[np.ndarray]:
+        yield from random_tokens(8, N_CTX).numpy()
+        if ends == "the data are broken":
+            raise UserError("row 8 holds no token ids")
+        yield from random_tokens(1000, N_CTX).numpy()
+
+    trainer = streaming_trainer(model, rows, tmp_path, read)
+    if ends == "the loss is":
+        with torch.no_grad():
+            next(iter(trainer.members[0].model.saes.parameters())).fill_(math.nan)
+    expected = UserError if ends == "the data are broken" else RunFailed
+    with pytest.raises(expected, match="row 8 holds no token ids|is nan at step 1") as caught:
+        trainer.run()
+    # The traceback still holds every frame.
+    assert caught.value.__traceback__ is not None
+    assert n_prefetch_threads() == 0
+    # `with_last` is one step ahead: the step before the broken rows is not made, those before it are.
+    assert trainer.state.n_steps == (1 if expected is UserError else 0)
+    trainer.members[0].close()
 
 
 # --- what is written ---

@@ -422,7 +422,7 @@ def test_a_sweeps_values_are_merged_into_the_config_key_by_key(
     assert config["lr"] == 0.02
     assert config["batch_size"] == 4
     assert config["loss"]["sparsity"]["coeff"] == 7.0
-    assert config["loss"]["logits_kl"] == {"coeff": 1.0}  # the base config's
+    assert config["loss"]["logits_kl"]["coeff"] == 1.0  # the base config's
     assert config["saes"] == bench.config().to_dict()["saes"] | {"sae_positions": ["blocks.2.hook_resid_pre"]}
     # The sweep's own spelling of a key stays beside it.
     assert {key: run.values[key] for key in config} == config

@@ -42,7 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", parents=[overrides, debug], help="train SAEs from a YAML config")
     train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (optional with --resume)")
-    train.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with an interrupted run")
+    train.add_argument(
+        "--resume",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="go on with an interrupted run; several: members that go on together",
+    )
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser(
@@ -69,7 +75,22 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="default: ./out/sweeps/<names of the files>")
     sweep.add_argument("--count", type=int, metavar="N", help="runs of each sweep at most")
+    sweep.add_argument(
+        "--shared",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="K",
+        help="train runs that differ only in SAEs, loss, seed or learning rate over one clean pass, K together at most",
+    )
     sweep.set_defaults(run=_sweep)
+
+    # A program of its own, whose options are not known here: no prefix of options is recognised.
+    bench = commands.add_parser(
+        "bench", prefix_chars="\0", add_help=False, help="speed and memory beside the plain way (`bench --help`)"
+    )
+    bench.add_argument("arguments", nargs="*")
+    bench.set_defaults(run=_bench, debug=False)
 
     new_config = commands.add_parser("new-config", parents=[debug], help="write a commented minimal config for a model")
     new_config.add_argument("model", metavar="NAME_OR_FOLDER", help="hub name or Hugging Face folder")
@@ -83,7 +104,10 @@ def _train(args: argparse.Namespace) -> None:
         raise UserError("nothing to train: expected a CONFIG file, or --resume RUN_DIR")
     from e2e_sae.scripts.train_tlens_saes.run_train_tlens_saes import main as train_main
 
-    train_main(args.config, overrides=args.overrides, resume=args.resume)
+    config, resume = args.config, args.resume
+    if config is None and len(resume) > 1 and resume[-1].is_file():
+        *resume, config = resume  # `--resume RUN_DIR CONFIG`
+    train_main(config, overrides=args.overrides, resume=resume)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -119,7 +143,13 @@ def _convert(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from e2e_sae.sweeps.run import run_sweeps
 
-    run_sweeps(args.files, out=args.out, jobs=args.jobs, overrides=args.overrides, count=args.count)
+    run_sweeps(args.files, out=args.out, jobs=args.jobs, overrides=args.overrides, count=args.count, shared=args.shared)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from e2e_sae.bench import bench
+
+    sys.exit(bench(args.arguments))  # it has told what went wrong
 
 
 def _new_config(args: argparse.Namespace) -> None:

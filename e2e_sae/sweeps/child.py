@@ -1,8 +1,8 @@
-"""The process of one run: `python -m e2e_sae.sweeps.child PARENT_PID LOCK PROGRAM ARGUMENTS...`.
+"""The process of one run, or of several: `python -m e2e_sae.sweeps.child PARENT_PID N LOCK_1 ... LOCK_N PROGRAM ...`.
 
 It runs the program as `python PROGRAM ARGUMENTS...` would, with two things around it: when the sweep's own process is
-gone (killed, its terminal closed), the run gets a SIGTERM, which saves and ends it; and it waits for the run folder's
-lock, so that the next sweep does not write into a folder in which such an orphan is still saving.
+gone (killed, its terminal closed), the run gets a SIGTERM, which saves and ends it; and it waits for the locks of its
+run folders, so that the next sweep does not write into a folder in which such an orphan is still saving.
 """
 
 import os
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 from filelock import FileLock
 
@@ -22,9 +23,12 @@ ORPHAN_TIMEOUT_S = 600
 
 def main(arguments: list[str]) -> None:
     """Runs the program."""
-    parent, lock, *program = arguments
+    parent, n_locks, *rest = arguments
+    locks, program = rest[: int(n_locks)], rest[int(n_locks) :]
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
-    with FileLock(lock, timeout=ORPHAN_TIMEOUT_S):
+    with ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(FileLock(lock, timeout=ORPHAN_TIMEOUT_S))
         sys.argv = program
         sys.path[0] = os.path.dirname(os.path.abspath(program[0]))
         runpy.run_path(program[0], run_name="__main__")

@@ -18,8 +18,8 @@ from e2e_sae.sweeps.parameters import Parameter
 from e2e_sae.sweeps.search import Point, bayes_point, grid_values, random_point
 from e2e_sae.sweeps.sweep_file import Sweep
 
-UNIDENTIFYING_KEYS = {"wandb_project", "wandb_run_name", "wandb_run_name_prefix", "save_dir"}
-"""Settings that do not make it another run."""
+UNIDENTIFYING_KEYS = {"wandb_project", "wandb_run_name", "wandb_run_name_prefix", "save_dir", "members"}
+"""Settings that do not make it another run (or, `members`, that no run of a sweep has)."""
 
 Cost = Callable[["PlannedRun"], float | None]
 """Says what a run cost by the sweep's metric (less is better); None while it is not known."""
@@ -124,6 +124,8 @@ def _planned(sweep: Sweep, combination: Iterable[Any], overrides: Sequence[str])
         merged = deep_update(rename_old_keys(sweep.base), rename_old_keys(values))
         merged = apply_overrides({**merged, "wandb_project": None, "save_dir": None}, overrides)
         config = Config.from_dict(merged, base_dir=sweep.base_file.parent)
+        if config.members is not None:
+            raise UserError("a run of a sweep has no members: sweep over what they change, with --shared")
     except UserError as error:
         which = ", ".join(f"{k}={short(v)}" for k, v in varied.items()) or "the one run"
         raise UserError(

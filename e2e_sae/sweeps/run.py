@@ -41,6 +41,7 @@ def run_sweeps(
     jobs: int = 1,
     overrides: Sequence[str] = (),
     count: int | None = None,
+    shared: int | None = None,
 ) -> Path:
     """Runs what is not finished of some sweeps and returns the sweep folder.
 
@@ -50,6 +51,8 @@ def run_sweeps(
         jobs: runs at a time.
         overrides: `dotted.key=value` for every run.
         count: runs of each sweep at most.
+        shared: runs that differ only in what members of one run may are trained together by one process, so many at
+            most; 0: any number. None: every run has its own process.
 
     Raises:
         UserError: a file, an override or a run's settings are wrong; nothing has been started then.
@@ -58,6 +61,8 @@ def run_sweeps(
     """
     if jobs < 1 or (count is not None and count < 1):
         raise UserError(f"--jobs and --count must be at least 1 (given: {jobs if jobs < 1 else count})")
+    if shared is not None and shared < 0:
+        raise UserError(f"--shared must be at least 1, or without a number (given: {shared})")
     sweeps = [read_sweep(file, count) for file in files]
     names = [sweep.name for sweep in sweeps]
     if len(set(names)) < len(names):
@@ -72,8 +77,8 @@ def run_sweeps(
     with _locked(folder):
         for sweep in sweeps:
             write_text(sweep_dir / f"{sweep.name}.yaml", sweep.file.read_text(encoding="utf-8"))
-        command = _command_line(files, out, jobs, overrides, count)
-        _execute(plans, sweep_dir, jobs, command)
+        command = _command_line(files, out, jobs, overrides, count, shared)
+        _execute(Executor(sweep_dir, plans, jobs, shared), plans, sweep_dir, jobs, command)
     return sweep_dir
 
 
@@ -92,8 +97,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _execute(plans: Sequence[Plan], sweep_dir: Path, jobs: int, command: str) -> None:
-    executor = Executor(sweep_dir, plans, jobs)
+def _execute(executor: Executor, plans: Sequence[Plan], sweep_dir: Path, jobs: int, command: str) -> None:
     n_total = sum(plan.n_runs for plan in plans)
     logger.info(f"{n_total} runs, {jobs} at a time; sweep folder: {sweep_dir}")
     with stop_requests() as stop, progress_bar(total=n_total, desc="sweep", unit="run") as bar:
@@ -138,12 +142,18 @@ def _cost_of(sweep: Sweep, sweep_dir: Path) -> Cost:
 
 
 def _command_line(
-    files: Sequence[str | Path], out: str | Path | None, jobs: int, overrides: Sequence[str], count: int | None
+    files: Sequence[str | Path],
+    out: str | Path | None,
+    jobs: int,
+    overrides: Sequence[str],
+    count: int | None,
+    shared: int | None,
 ) -> str:
     parts = ["e2e-sae", "sweep", *map(str, files)]
     parts += [] if out is None else ["--out", str(out)]
     parts += [] if jobs == 1 else ["--jobs", str(jobs)]
     parts += [] if count is None else ["--count", str(count)]
+    parts += [] if shared is None else ["--shared", *([str(shared)] if shared else [])]
     for override in overrides:
         parts += ["--set", override]
     return shlex.join(parts)

@@ -2,7 +2,8 @@
 
 <sweep folder>/runs/<sweep>_<values>_<key>/
   config.yaml      the run's settings
-  console.log      what its process printed, all attempts
+  console.log      what its process printed, all attempts; of several that train together, in the first one's folder
+  members.yaml     in the first one's folder: the settings of all of them
   failed.json      reason and exit code, if the last attempt failed
   <run_name>_<time>/    the run's own folder (checkpoint/run_dir.py); it has a summary.json when it is finished
 """
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from e2e_sae.checkpoint.files import read_json, write_json, write_text
-from e2e_sae.checkpoint.run_dir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from e2e_sae.checkpoint.run_dir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, RunDir
+from e2e_sae.config import Config
 from e2e_sae.sweeps.plan import PlannedRun
 
 Status = Literal["finished", "failed", "interrupted", "not started"]
@@ -37,11 +39,13 @@ class RunFolder:
         name = re.sub(r"[^\w.,+=-]+", "_", run.label)[:100]
         return cls(found[0] if found else runs / f"{name}_{run.key}")
 
-    def prepare(self, run: PlannedRun) -> None:
-        """Makes it, with the config, and forgets an earlier failure."""
+    def prepare(self, run: PlannedRun) -> Config:
+        """Makes it, with the config, which is returned, and forgets an earlier failure."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config_file, run.config.model_copy(update={"save_dir": self.path}).to_yaml())
+        config = run.config.model_copy(update={"save_dir": self.path})
+        write_text(self.config_file, config.to_yaml())
         self._failure_file.unlink(missing_ok=True)
+        return config
 
     @property
     def config_file(self) -> Path:
@@ -52,6 +56,11 @@ class RunFolder:
     def log_file(self) -> Path:
         """`console.log`."""
         return self.path / "console.log"
+
+    @property
+    def group_file(self) -> Path:
+        """`members.yaml`; in the folder of the first of several runs that have begun together."""
+        return self.path / "members.yaml"
 
     @property
     def _failure_file(self) -> Path:
@@ -74,6 +83,11 @@ class RunFolder:
         return "interrupted" if self.run_dir is not None else "not started"
 
     @property
+    def stage(self) -> str | None:
+        """From where it goes on: the name of its newest checkpoint; None: it has not begun."""
+        return None if self.run_dir is None else next((path.name for path in RunDir(self.run_dir).checkpoints()), "")
+
+    @property
     def failure(self) -> str | None:
         """Why its last attempt failed."""
         return read_json(self._failure_file)["reason"] if self._failure_file.exists() else None
@@ -92,21 +106,29 @@ class RunFolder:
             value = next((line[name] for line in reversed(lines) if line.get(name) is not None), None)
         return None if value is None else float(value)
 
-    def fail(self, code: int) -> str:
-        """Notes that the run's process ended badly, and returns why."""
+    def fail(self, code: int, log: Path, label: str = "") -> str:
+        """Notes that the run's process ended badly, and returns why.
+
+        Args:
+            code: the process's exit code.
+            log: what it printed.
+            label: how the run is called there, if the process had several.
+        """
         if code < 0:
             reason = f"killed by {signal.Signals(-code).name}"
             reason += " (out of memory?)" if code == -signal.SIGKILL else ""
         elif code == 0:
             reason = "its program ended well without a finished run (a folder with summary.json)"
         else:
-            reason = f"{self._last_words()} (exit code {code})"
+            reason = f"{_last_words(log, label)} (exit code {code})"
         write_json(self._failure_file, {"code": code, "reason": reason})
         return reason
 
-    def _last_words(self) -> str:
-        """Returns the error in the log's end, or its last line."""
-        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-50:]
-        lines = [line.strip() for line in lines if line.strip()]
-        errors = [line for line in lines if re.match(r"(internal )?error: |\w*Error\b", line)]
-        return (errors or lines or ["it said nothing"])[-1]
+
+def _last_words(log: Path, label: str) -> str:
+    """Returns what the log's end says of the run of that name, or the error in it, or its last line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-50:]
+    lines = [line.strip() for line in lines if line.strip()]
+    own = [line.partition(": ")[2] for line in lines if label and line.startswith(f"{label}, ") and ": " in line]
+    errors = [line for line in lines if re.match(r"(internal )?error: |\w*Error\b", line)]
+    return (own or errors or lines or ["it said nothing"])[-1]

@@ -15,7 +15,7 @@ UNKNOWN = [
     ("loss.sparsity.coef=1", "unknown config key 'loss.sparsity.coef'. Did you mean 'coeff'?"),
     ("saes.positions=blocks.1", "unknown config key 'saes.positions'. Did you mean 'sae_positions'?"),
     ("train_data.dataset=x", "unknown config key 'train_data.dataset'. Did you mean 'dataset_name'"),
-    ("zzz=1", "unknown config key 'zzz'. Valid keys: act_frequency_n_tokens, batch_size,"),
+    ("zzz=1", "unknown config key 'zzz'. Valid keys: act_frequency_n_tokens, autocast, batch_size,"),
 ]
 MISSING = [
     ("lr", "missing config key 'lr': Learning rate of Adam"),
@@ -45,6 +45,8 @@ OUT_OF_RANGE = [
     ("min_lr_factor=2", "min_lr_factor=2.0 must be at most 1: it is a factor of lr"),
     ("lr_schedule=cosin", "config key 'lr_schedule': input should be 'linear' or 'cosine' (given: 'cosin')"),
     ("dtype=float23", "config key 'dtype': input should be 'float32', 'float64', 'bfloat16' or 'float16'"),
+    ("autocast=float16", "config key 'autocast': expected bfloat16 or null (float16 has not the range for gradients"),
+    ("tf32=high", "config key 'tf32': input should be a valid boolean"),
     ("device=gpu", "config key 'device': expected auto, cpu, cuda, cuda:<n> or mps (given: 'gpu')"),
     ("saes.sae_positions=[]", "config key 'saes.sae_positions': value should have at least 1 item"),
     ("saes.dict_size_to_input_ratio=0.01", "leaves no latent at blocks.1.hook_resid_pre (width 16): use at least"),
@@ -52,6 +54,8 @@ OUT_OF_RANGE = [
 CONTRADICTORY = [
     (["tlens_model_name=gpt2"], "give exactly one of tlens_model_name and tlens_model_path (given: both)"),
     (["tlens_model_revision=main"], "tlens_model_revision needs tlens_model_name: a local model has one version only"),
+    (["autocast=bfloat16", "dtype=float64"], "autocast: bfloat16 needs dtype: float32 or bfloat16 (given: float64)"),
+    (["dtype=float16", "loss.logits_kl.coeff=1"], "dtype: float16 is for local runs only"),
     (["cooldown_samples=4"], "cooldown_samples=4 needs lr_schedule: linear (a cosine has no cool-down)"),
     (["effective_batch_size=6"], "effective_batch_size=6 must be a multiple of batch_size=4"),
     (

@@ -35,12 +35,22 @@ def train_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def test_train_passes_on_config_overrides_and_resume(train_calls: list[tuple[Any, ...]]) -> None:
     assert main(["train", "a.yaml", "--set", "lr=1e-3", "--set", "seed=1", "--resume", "out/r"]) == 0
-    assert train_calls == [("a.yaml", ["lr=1e-3", "seed=1"], Path("out/r"))]
+    assert train_calls == [("a.yaml", ["lr=1e-3", "seed=1"], [Path("out/r")])]
 
 
 def test_train_needs_no_config_to_resume(train_calls: list[tuple[Any, ...]]) -> None:
     assert main(["train", "--resume", "out/r"]) == 0
-    assert train_calls == [(None, [], Path("out/r"))]
+    assert train_calls == [(None, [], [Path("out/r")])]
+
+
+def test_train_resumes_several_runs_and_knows_a_config_behind_them(
+    train_calls: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.touch()
+    assert main(["train", "--resume", "out/r", "out/s"]) == 0
+    assert main(["train", "--resume", "out/r", str(config)]) == 0
+    assert train_calls == [(None, [], [Path("out/r"), Path("out/s")]), (config, [], [Path("out/r")])]
 
 
 def test_train_without_config_and_resume_is_a_mistake(

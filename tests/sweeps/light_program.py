@@ -1,8 +1,8 @@
 """A program with the interface of `run_train_tlens_saes.py` that trains nothing: quick to start.
 
-`PROGRAM config.yaml` makes a run folder in the config's save_dir, `PROGRAM --resume RUN_DIR` goes on in it; each start
-is a line in `starts.txt`. By seed: 13 fails while a file `broken` lies beside the sweep folder's `runs`, 66 is killed
-like a process that has eaten the memory, 99 goes on until it is told to end.
+`PROGRAM config.yaml` makes a run folder in the config's save_dir (with `members`, in each one's), `PROGRAM --resume
+RUN_DIR...` goes on in it; each start is a line in `starts.txt`. By seed: 13 fails while a file `broken` lies beside the
+sweep folder's `runs`, 66 is killed like a process that has eaten the memory, 99 goes on until it is told to end.
 """
 
 import json
@@ -19,21 +19,38 @@ def main() -> None:
     """Does all of that."""
     arguments = sys.argv[1:]
     if arguments[0] == "--resume":
-        run = Path(arguments[1])
-        seed = yaml.safe_load((run / "final_config.yaml").read_text())["seed"]
+        runs = [Path(argument) for argument in arguments[1:]]
     else:
         config = yaml.safe_load(Path(arguments[0]).read_text())
-        seed, run = config["seed"], Path(config["save_dir"]) / "run_1"
-        run.mkdir()
-        (run / "final_config.yaml").write_text(yaml.safe_dump(config))
-    with (run / "starts.txt").open("a") as file:
-        how = "resume" if arguments[0] == "--resume" else "config"
-        file.write(f"{how} {os.environ.get('OMP_NUM_THREADS')} {'WANDB_SWEEP_ID' in os.environ}\n")
+        runs = [begin({**config, **member}) for member in config.get("members") or [{}]]
+    how = "resume" if arguments[0] == "--resume" else "config"
+    failed: list[str] = []
+    for n, run in enumerate(runs, start=1):
+        with (run / "starts.txt").open("a") as file:
+            file.write(f"{how} {os.environ.get('OMP_NUM_THREADS')} {'WANDB_SWEEP_ID' in os.environ}\n")
+        if not train(run):
+            failed.append(f"member {n} of {len(runs)}, run: unlucky")
+    if failed:
+        several = [f"{len(failed)} of {len(runs)} members failed", *failed]
+        sys.stderr.write("error: " + ("\n  ".join(several) if len(runs) > 1 else "unlucky") + "\n")
+        sys.exit(1)
+
+
+def begin(config: dict[str, str]) -> Path:
+    """Returns a new run folder."""
+    run = Path(config["save_dir"]) / "run_1"
+    run.mkdir()
+    (run / "final_config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k != "members"}))
+    return run
+
+
+def train(run: Path) -> bool:
+    """Finishes the run, and returns whether it did."""
+    seed = yaml.safe_load((run / "final_config.yaml").read_text())["seed"]
     sys.stdout.write(f"seed {seed}\n")
     sys.stdout.flush()
     if seed == 13 and (run.parents[2] / "broken").exists():
-        sys.stderr.write("error: unlucky\n")
-        sys.exit(1)
+        return False
     if seed == 66:
         os.kill(os.getpid(), signal.SIGKILL)
     while seed == 99 and not (run.parents[2] / "enough").exists():
@@ -48,6 +65,7 @@ def main() -> None:
         "loss/eval/logits_kl": 0.25,
     }
     (run / "summary.json").write_text(json.dumps(summary))
+    return True
 
 
 if __name__ == "__main__":

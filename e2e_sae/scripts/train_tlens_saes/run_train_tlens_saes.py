@@ -22,15 +22,15 @@ def main(
     sweep_config_path: Path | str | None = None,
     *,
     overrides: Sequence[str] = (),
-    resume: Path | str | None = None,
+    resume: Path | str | Sequence[Path | str] | None = None,
 ) -> Path | None:
-    """Trains, or continues a run, and returns the run's folder.
+    """Trains, or continues a run, and returns the run's folder (with `members`, the first one's).
 
     Args:
         config_path_or_obj: a YAML file or a `Config`; None only with `resume`.
         sweep_config_path: accepted as in the paper's library; a sweep's values come through W&B.
         overrides: `dotted.key=value` each.
-        resume: folder of a run to continue.
+        resume: folder of a run to continue, or the folders of members that go on together.
     """
     del sweep_config_path
     given = config_path_or_obj
