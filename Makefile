@@ -4,6 +4,7 @@
 #   make install CONSTRAINTS=other.txt  other pinned versions
 #   make install PIP_FLAGS='...'        anything else pip should know (README: CUDA, CPU-only wheels)
 #   make test PYTEST_ARGS='-k runner'   a part of the tests
+#   make bench BENCH_ARGS='demo-local'  a part of the benchmarks (`.venv/bin/e2e-sae bench --help`)
 #
 # The notebook demos/train_saes.ipynb opens in any Jupyter whose kernel is .venv (`make install-dev` brings ipykernel);
 # one to go with it: .venv/bin/pip install jupyterlab && .venv/bin/jupyter lab demos
@@ -21,6 +22,7 @@ VENV_TL3 ?= .venv-tl3
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # Test processes. Each runs torch on one thread: several threads on tiny tensors only cost time.
 JOBS ?= 2
 
@@ -108,8 +110,8 @@ check: install-dev ## formatting, lint, types and import layers
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q -n 0 -p no:cacheprovider tests/test_layers.py
 
-bench: install ## training steps beside the plain way (about 15 minutes on 2 cores)
-	$(BIN)/python -m benchmarks --memory
+bench: install ## training steps beside the plain way (half an hour on 2 cores)
+	$(BIN)/python -m benchmarks --memory $(BENCH_ARGS)
 
 clean: ## remove environments, builds and caches (never out/)
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

@@ -80,12 +80,13 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_wheel_holds_the_package_the_demo_and_nothing_else(wheel: Path, listed: list[str]):
+def test_the_wheel_holds_the_package_the_demo_the_benchmarks_and_nothing_else(wheel: Path, listed: list[str]):
     info = f"e2e_sae-{__version__}.dist-info"
     package = [name for name in listed if name.startswith("e2e_sae/")]
     demos = [f"e2e_sae/{name}" for name in listed if name.startswith("demos/") and not name.endswith(".ipynb")]
+    benchmarks = [f"e2e_sae/{name}" for name in listed if name.startswith("benchmarks/") and name.endswith(".py")]
     metadata = ["METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"]
-    assert content(wheel) == sorted([*package, *demos, *(f"{info}/{name}" for name in metadata)])
+    assert content(wheel) == sorted([*package, *demos, *benchmarks, *(f"{info}/{name}" for name in metadata)])
     assert {"e2e_sae/py.typed", "e2e_sae/demos/stdlib_gpt2/model.safetensors"} <= set(content(wheel))
     assert wheel.name == f"e2e_sae-{__version__}-py3-none-any.whl"
 
@@ -108,6 +109,10 @@ def test_the_installed_package_imports_and_finds_its_demo_without_the_clone(pyth
     assert [place for place in places if not place.is_relative_to(environment)] == []
     assert places[1] == places[0].parent / "demos"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_lists_its_benchmarks_without_the_clone(python: Path, tmp_path: Path):
+    assert "demo-e2e+ds" in _run(python.parent / "e2e-sae", "bench", "--list", cwd=tmp_path)
 
 
 @pytest.mark.smoke
