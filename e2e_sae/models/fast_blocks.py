@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from e2e_sae.compiling import compilable
 from e2e_sae.log import logger
 from e2e_sae.models.head import run_to_unembedding
+from e2e_sae.ops.products import frozen_linear
 from e2e_sae.precision import plainly
 
 ARCHITECTURES = (
@@ -284,7 +285,7 @@ def _attention(
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Float[Tensor, "batch pos d"]:
     q, k, v = (
-        F.linear(x, *pair).unflatten(-1, (-1, kind.d_head)).transpose(1, 2)
+        frozen_linear(x, *pair).unflatten(-1, (-1, kind.d_head)).transpose(1, 2)
         for pair in (weights.q, weights.k, weights.v)
     )
     if rotary is not None:
@@ -293,7 +294,7 @@ def _attention(
     if n_repeats > 1:
         k, v = k.repeat_interleave(n_repeats, 1), v.repeat_interleave(n_repeats, 1)
     z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=kind.scale)
-    return F.linear(z.transpose(1, 2).flatten(2), *weights.out)
+    return frozen_linear(z.transpose(1, 2).flatten(2), *weights.out)
 
 
 def _scale(cfg: Any) -> float:
@@ -318,6 +319,6 @@ def _rotated(
 
 def _mlp(kind: _Kind, weights: _Weights, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
     activation = _ACTIVATIONS[kind.activation]
-    hidden = F.linear(x, *weights.up)
-    hidden = activation(hidden) if weights.gate is None else activation(F.linear(x, weights.gate)) * hidden
-    return F.linear(hidden, *weights.down)
+    hidden = frozen_linear(x, *weights.up)
+    hidden = activation(hidden) if weights.gate is None else activation(frozen_linear(x, weights.gate)) * hidden
+    return frozen_linear(hidden, *weights.down)

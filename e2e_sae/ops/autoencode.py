@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from e2e_sae.ops.decode import decode_plain, dictionary_gradient, product_dtype, project_, row_norms, times_dictionary
+from e2e_sae.ops.products import multiply
 from e2e_sae.ops.sparse import Entries, is_sparse_faster
 
 Activation = Callable[[Tensor], Tensor]
@@ -67,7 +68,7 @@ class _Autoencode(torch.autograd.Function):
         dtype, tokens = product_dtype(x), x.shape[:-1]
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            pre_acts = torch.addmm(b_enc.to(dtype), rows, W_enc.to(dtype))
+            pre_acts = multiply(rows, W_enc.to(dtype), b_enc.to(dtype))
             latents = activate(pre_acts.view(*tokens, -1))
             del pre_acts
             flat_latents = latents.reshape(-1, len(W_dec))
@@ -117,15 +118,15 @@ def _dense_gradients(
     """Returns the gradients of x, W_enc, b_enc and W_dec."""
     x, W_enc, W_dec, norms, latents = saved
     needs_x, needs_W_enc, needs_b_enc, needs_W_dec, *_ = needs
-    dW_dec = dictionary_gradient(latents.T @ g, W_dec, norms) if needs_W_dec else None
+    dW_dec = dictionary_gradient(multiply(latents.T, g), W_dec, norms) if needs_W_dec else None
     if not (needs_x or needs_W_enc or needs_b_enc):
         return None, None, None, dW_dec
-    d_pre_acts = g @ W_dec.T.to(g.dtype)
+    d_pre_acts = multiply(g, W_dec.T.to(g.dtype))
     torch.addcmul(e, d_pre_acts, (1 / norms).to(g.dtype), out=d_pre_acts)
     torch.ops.aten.threshold_backward.grad_input(d_pre_acts, latents, 0, grad_input=d_pre_acts)
     return (
-        d_pre_acts @ W_enc.T.to(g.dtype) if needs_x else None,
-        x.T @ d_pre_acts if needs_W_enc else None,
+        multiply(d_pre_acts, W_enc.T.to(g.dtype)) if needs_x else None,
+        multiply(x.T, d_pre_acts) if needs_W_enc else None,
         d_pre_acts.sum(0, dtype=norms.dtype) if needs_b_enc else None,
         dW_dec,
     )

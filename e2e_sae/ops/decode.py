@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from e2e_sae.ops.products import multiply
 from e2e_sae.ops.tokens import at_least_float32
 
 MIN_NORM = 1e-12
@@ -61,8 +62,8 @@ class _Decode(torch.autograd.Function):
         needs_latents, needs_W_dec, needs_b_dec = ctx.needs_input_grad
         g = grad_outputs[0].reshape(-1, W_dec.shape[1])
         with torch.autocast(g.device.type, enabled=False):
-            d_latents = (g @ W_dec.T.to(g.dtype)).div_(norms).to(dtype).view(shape) if needs_latents else None
-            dW_dec = dictionary_gradient(rows.T @ g, W_dec, norms) if needs_W_dec else None
+            d_latents = multiply(g, W_dec.T.to(g.dtype)).div_(norms).to(dtype).view(shape) if needs_latents else None
+            dW_dec = dictionary_gradient(multiply(rows.T, g), W_dec, norms) if needs_W_dec else None
             db_dec = at_least_float32(g).sum(0).to(W_dec.dtype) if needs_b_dec else None
         return d_latents, dW_dec, db_dec
 
@@ -89,7 +90,7 @@ def times_dictionary(
     """Returns latents D + b_dec in the type of the latents."""
     # Whole: in pieces that stay in a CPU's cache the products lose more than the memory's traffic costs.
     dictionary = (W_dec / norms[:, None]).to(latents.dtype)
-    return torch.addmm(b_dec.to(latents.dtype), latents, dictionary)
+    return multiply(latents, dictionary, b_dec.to(latents.dtype))
 
 
 def dictionary_gradient(

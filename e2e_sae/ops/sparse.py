@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
-MAX_DENSITY, MAX_DENSITY_PER_WIDTH = 0.15, 1 / 2560
+MAX_DENSITY, MAX_DENSITY_PER_WIDTH = 0.12, 1 / 2560
 """Share of active latents up to which an SAE's forward and backward pass take less time over the active entries than as
 whole products, on a CPU: this, but at most so much x d_in, since a narrow product has less to skip. Found with
-`python -m benchmarks.decode`: equal at 0.03, 0.09, 0.25 for widths 64, 128, 768."""
+`python -m benchmarks.decode`: equal at 0.04, 0.05, 0.13 for widths 64, 128, 768 (0.25 for 768 with MKL's products)."""
 MIN_LATENTS = 2**18
 """Tokens x latents below which the fixed cost of the sparse products outweighs what they save: likewise."""
 ROWS_PER_LOOK = 16

@@ -95,7 +95,8 @@ def test_latents_that_are_mostly_0_take_the_short_way_by_themselves():
         outputs = autoencode(x, W_enc, b_enc, W_dec, torch.zeros(64), torch.relu)
         grad_fn: Any = outputs[0].grad_fn
         assert (grad_fn.entries is not None) == is_sparse
-        torch.testing.assert_close(outputs, autoencode_plain(x, W_enc, b_enc, W_dec, torch.zeros(64), torch.relu))
+        plain = autoencode_plain(x, W_enc, b_enc, W_dec, torch.zeros(64), torch.relu)
+        torch.testing.assert_close(outputs, plain, rtol=1e-4, atol=1e-3)
 
 
 def test_under_autocast_products_are_bfloat16_and_gradients_float32():
