@@ -37,10 +37,10 @@ BY_K: dict[str, dict[str, Any]] = {
 """Architectures that k makes sparse, and their options."""
 BY_PENALTY: dict[str, dict[str, Any]] = {
     "relu": {},
-    "jumprelu": {"penalty": "tanh", "tanh_scale": 1.0, "initial_threshold": 1.0, "bandwidth": 2.0},
+    "jumprelu": {"penalty": "tanh", "tanh_scale": 1.0},
     "gated": {},
 }
-"""Architectures that a penalty makes sparse. JumpReLU's thresholds are those found by trial on the embedded model."""
+"""Architectures that a penalty makes sparse, and their options."""
 SEEDS = (0,)
 """Of the grid."""
 
@@ -52,27 +52,31 @@ class Model(NamedTuple):
     """Of every run."""
     later: list[str]
     """Hook points of the downstream MSE."""
+    threshold: float
+    """JumpReLU's first one, by trial; its bandwidth is twice that."""
 
 
 def _demo() -> Model:
     data = {"dataset_name": "stdlib", "is_tokenized": False, "n_ctx": 128}
     settings = {
+        "lr": 1e-2,
         "tlens_model_path": str(demo_dir() / "stdlib_gpt2"),
         "saes": {"sae_positions": "blocks.2.hook_resid_pre", "d_sae": 1024},
         "train_data": {**data, "split": "train"},
         "eval_data": {**data, "split": "eval"},
     }
-    return Model(settings, ["blocks.2.hook_resid_post", "blocks.3.hook_resid_post"])
+    return Model(settings, ["blocks.2.hook_resid_post", "blocks.3.hook_resid_post"], threshold=1.0)
 
 
 def _stories(model: Path, text: Path) -> Model:
     data = {"dataset_name": str(text.resolve()), "is_tokenized": False, "n_ctx": 256, "holdout_fraction": 0.05}
     settings = {
+        "lr": 3e-2,
         "tlens_model_path": str(model.resolve()),
         "saes": {"sae_positions": "blocks.2.hook_resid_pre", "d_sae": 1024},
         "train_data": data,
     }
-    return Model(settings, [f"blocks.{i}.hook_resid_post" for i in (2, 3, 4)])
+    return Model(settings, [f"blocks.{i}.hook_resid_post" for i in (2, 3, 4)], threshold=0.3)
 
 
 COMMON: dict[str, Any] = {
@@ -80,13 +84,12 @@ COMMON: dict[str, Any] = {
     "eval_n_samples": 256,
     "eval_every_n_samples": 0,
     "batch_size": 8,
-    "lr": 1e-2,
     "warmup_samples": 200,
     "max_grad_norm": 10.0,
     "log_every_n_grad_steps": 50,
     "save_every_n_samples": 1600,
 }
-"""Settings of every run; the learning rate is the best of three tried for local and e2e ReLU SAEs on the demo."""
+"""Settings of every run. The learning rate of each model is the best of 3e-3, 1e-2 and 3e-2 for local and e2e ReLU SAEs."""
 START = {"local": 0.3, "e2e": 0.05, "e2e+ds": 0.2, "KL + MSE": 0.3, "local then KL": 0.3}
 """Where the sparsity coefficient of each recipe starts: rather too low, from where the controller finds its way."""
 
@@ -142,7 +145,7 @@ def write_sweeps(
         base["loss"] = {"sparsity": {"coeff": 0.0}, **base["loss"]}
         base_file = folder / f"{stem}.yaml"
         write_text(base_file, yaml.safe_dump(base, sort_keys=False))
-        for kind, parameters in _grids(recipe, architectures).items():
+        for kind, parameters in _grids(model, recipe, architectures).items():
             sweep = {
                 "name": f"{stem}_{kind}",
                 "program": str(PROGRAM),
@@ -156,11 +159,16 @@ def write_sweeps(
     return sweeps
 
 
-def _grids(recipe: str, architectures: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _grids(model: Model, recipe: str, architectures: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Returns the parameters of the sweep over architectures with a k, and of the one over those with a penalty."""
     chosen = set(architectures or [*BY_K, *BY_PENALTY])
     by_k = [_with_k(name, options, k) for name, options in BY_K.items() if name in chosen for k in L0S]
-    by_penalty = [{"architecture": name, **options} for name, options in BY_PENALTY.items() if name in chosen]
+    of_model = {"jumprelu": {"initial_threshold": model.threshold, "bandwidth": 2 * model.threshold}}
+    by_penalty = [
+        {"architecture": name, **options, **of_model.get(name, {})}
+        for name, options in BY_PENALTY.items()
+        if name in chosen
+    ]
     sparsity = [{"coeff": START[recipe], "target_l0": float(l0)} for l0 in L0S]
     grids: dict[str, dict[str, Any]] = {}
     if by_k:

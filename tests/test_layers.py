@@ -75,6 +75,7 @@ LAYERS = [
     "finetune",
     "plotting",
     "sweeps",
+    "analysis",
     "demo",
     "bench",
     "new_config",

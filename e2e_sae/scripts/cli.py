@@ -13,6 +13,8 @@ from pathlib import Path
 from e2e_sae import __version__
 from e2e_sae.errors import UserError
 from e2e_sae.log import log_to_console
+from e2e_sae.scripts.analysis.analyse import add_arguments as add_analysis_arguments
+from e2e_sae.scripts.analysis.analyse import run as run_analyses
 from e2e_sae.scripts.exit_codes import run_command
 
 
@@ -92,6 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="train runs that differ only in SAEs, loss, seed or learning rate over one clean pass, K together at most",
     )
     sweep.set_defaults(run=_sweep)
+
+    analyse = commands.add_parser(
+        "analyse", parents=[overrides, debug], help="the paper's figures and tables, from finished runs"
+    )
+    add_analysis_arguments(analyse)
+    analyse.add_argument("--only", action="append", default=[], metavar="NAME", help="one analysis (may be repeated)")
+    analyse.add_argument("--list", action="store_true", help="list the analyses")
+    analyse.set_defaults(run=run_analyses)
 
     # A program of its own, whose options are not known here: no prefix of options is recognised.
     bench = commands.add_parser(
