@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from e2e_sae.acts import Pass, TokenBatch
-from e2e_sae.checkpoint.run_dir import RunDir
+from e2e_sae.checkpoint.files import write_json
+from e2e_sae.checkpoint.run_dir import TIMING_FILE, RunDir
 from e2e_sae.config import Config
 from e2e_sae.data.batches import TokenBatches
 from e2e_sae.data.prefetch import N_AHEAD, DataWait
@@ -35,6 +36,7 @@ from e2e_sae.progress import progress_bar
 from e2e_sae.resume import Resumed, prepare_resume
 from e2e_sae.saes import in_eval_mode
 from e2e_sae.setup import set_up
+from e2e_sae.stopwatch import Stopwatch
 from e2e_sae.trackers import read_metrics
 from e2e_sae.wandb_tracker import WandbTracker
 
@@ -53,6 +55,8 @@ class LoopState:
     """n_samples at the last evaluation."""
     saved_at: int = 0
     """n_samples at the last save that was due; one made for an interruption moves no later save."""
+    seconds: float = 0.0
+    """Spent training until the newest save, without evaluating and saving."""
 
 
 class Turn(NamedTuple):
@@ -94,6 +98,11 @@ class Trainer:
     """How often latents fired in the last evaluation."""
     failures: list[str] = field(default_factory=list)
     """Members that have failed, and why."""
+    watch: Stopwatch = field(init=False)
+    """Runs while it trains."""
+
+    def __post_init__(self) -> None:
+        self.watch = Stopwatch(self.state.seconds)
 
     def run(self) -> None:
         """Trains to the end.
@@ -103,7 +112,12 @@ class Trainer:
             RunFailed: a loss or gradient is not finite; of several members, in each.
         """
         started_at, wait = self.state.n_samples, DataWait(self.device)
-        with stop_requests() as stop, self._bar() as bar, closing(self._groups(wait)) as groups:
+        with (
+            stop_requests() as stop,
+            self._bar() as bar,
+            closing(self._groups(wait)) as groups,
+            self.watch.running(),
+        ):
             for group, is_last in with_last(groups):
                 self.train_step(group, is_last)
                 n_tokens = (self.state.n_samples - started_at) * self.train_batches.n_ctx
@@ -235,7 +249,12 @@ class Trainer:
         batch_size = self.config.batch_size
         n_batches = None if n_samples is None else -(-n_samples // batch_size)
         tokens = token_batches(self.eval_batches, batch_size, n_samples, data.exclude_token_ids, self.device)
-        with computing(self.config.arithmetic, self.device), closing(tokens) as batches, ExitStack() as averaged:
+        with (
+            self.watch.stopped(),
+            computing(self.config.arithmetic, self.device),
+            closing(tokens) as batches,
+            ExitStack() as averaged,
+        ):
             for member in members:
                 averaged.enter_context(member.averaged())
             found = evaluate_together([(member.model, member.final_loss) for member in members], batches, n_batches)
@@ -268,8 +287,15 @@ class Trainer:
         return is_last or (every is not None and self.state.n_samples - self.state.saved_at >= every)
 
     def _save(self) -> None:
+        self.state.seconds = self.watch.seconds
         loop_state = {"loop": vars(self.state).copy()}
-        self._each(lambda member: member.save(self.state.n_samples, self.state.n_steps, loop_state))
+        with self.watch.stopped():
+            self._each(lambda member: member.save(self.state.n_samples, self.state.n_steps, loop_state))
+
+    def timing(self) -> dict[str, float | int]:
+        """Returns how long it has trained; of several members, all of them together."""
+        seconds, n_tokens = self.watch.seconds, self.state.n_samples * self.train_batches.n_ctx
+        return {"seconds": seconds, "tokens_per_second": n_tokens / seconds, "members": len(self.members)}
 
     def _groups(self, wait: DataWait) -> Generator[list[TokenBatch], None, None]:
         """Yields the batches of each optimizer step that is still to be made; `wait` is told how long they took."""
@@ -353,6 +379,8 @@ def _summarise(trainer: Trainer, member: Member) -> None:
     firing, data = trainer.final_firing(member)
     member.log_final_firing(firing)
     lines = read_metrics(member.run_dir.metrics_file) if member.run_dir else member.lines
+    if member.run_dir is not None and trainer.watch.seconds:
+        write_json(member.run_dir.path / TIMING_FILE, trainer.timing())
     if member.label:
         logger.info(f"\n{member.label}")
     report_health(lines, firing, data, member.run_dir, member.final_loss.sparsity.target_l0)

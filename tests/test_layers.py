@@ -21,6 +21,7 @@ LAYERS = [
     "interrupts",
     "wandb_session",
     "seeds",
+    "stopwatch",
     "types",
     "base_config",
     # Vocabulary.

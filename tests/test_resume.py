@@ -1,5 +1,6 @@
 """An interrupted run ends where it would have ended: the same weights bit for bit, the same log."""
 
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from e2e_sae.checkpoint.files import fingerprint, read_pickled_tensors, write_pickled
 from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint_info
 from e2e_sae.config import Config
 from e2e_sae.errors import CheckpointError, Interrupted, UserError
@@ -85,6 +87,22 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(finished: Path, tmp_pat
     assert_ended_alike(run, finished)
     saved = [path.name for path in RunDir(run).checkpoints()]
     assert saved == ["samples_16", "samples_12", "samples_6"]
+
+
+def test_time_spent_before_the_kill_counts(finished: Path, tmp_path: Path) -> None:
+    run = killed(finished, tmp_path, keep=2)
+    state = RunDir(run).checkpoints()[0] / "resume.pt"
+    resume = read_pickled_tensors(state)
+    resume["loop"]["seconds"] = 1000.0
+    write_pickled(state, resume)
+    info = json.loads((state.parent / "checkpoint.json").read_text())
+    info["files"]["resume.pt"] = fingerprint(state)
+    (state.parent / "checkpoint.json").write_text(json.dumps(info))
+    resume_training(run)
+    timing, lines = json.loads((run / "timing.json").read_text()), lines_of(run)
+    assert 1000 < timing["seconds"] < 1100
+    assert timing["tokens_per_second"] == pytest.approx(lines[-1]["total_tokens"] / timing["seconds"])
+    assert timing["members"] == 1
 
 
 def test_resume_state_is_kept_by_the_newest_two_only(finished: Path, tmp_path: Path) -> None:

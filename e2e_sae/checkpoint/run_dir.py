@@ -9,6 +9,7 @@
     firing.safetensors       how often each latent was active
     resume.pt                optimizer and loop state; kept in the newest two
   summary.json               written when the run is finished
+  timing.json                how long it has trained
   wandb_run.json             which W&B run it is, where there is one
   my_file.py                 a copy of the file that an architecture of the user's own is defined in
 """
@@ -45,6 +46,7 @@ from e2e_sae.saes import at_hand
 CONFIG_FILE = "final_config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+TIMING_FILE = "timing.json"
 WANDB_FILE = "wandb_run.json"
 _CHECKPOINT = re.compile(r"^samples_(\d+)$")
 _MAX_NAME_BYTES = 200
