@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from e2e_sae.base_config import BaseConfig
+from e2e_sae.base_config import KIND_KEY, BaseConfig
 from e2e_sae.errors import UserError, did_you_mean
+from e2e_sae.group import flat_settings
 
 # `int` stands first: `min: 1` stays an integer, which is what tells int_uniform from uniform.
 Number = int | float
@@ -115,6 +116,20 @@ class Parameter(NamedTuple):
             f"parameter '{self.name}': a grid needs `values`, int_uniform or q_uniform, not {self.distribution}"
             + (" with probabilities" if c.probabilities is not None else "")
         )
+
+    def telling(self, value: Any) -> Any:
+        """Returns what tells one of its values from the others: of a mapping, by dotted name, its architecture (if it
+        is not that of all) and the entries that not all of that architecture have."""
+        if not isinstance(value, Mapping):
+            return value
+        own = flat_settings(value)
+        others = [flat_settings(other) if isinstance(other, Mapping) else {} for other in self.config.values or []]
+        alike = [other for other in others if other.get(KIND_KEY) == own.get(KIND_KEY)]
+
+        def is_everywhere(key: str) -> bool:
+            return all(key in other and other[key] == own[key] for other in (others if key == KIND_KEY else alike))
+
+        return {key: entry for key, entry in own.items() if not is_everywhere(key)}
 
     def at(self, u: float) -> Any:
         """Returns its value at quantile u, 0 < u < 1: for uniform u, a draw from its distribution."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from e2e_sae.base_config import apply_overrides, deep_update
+from e2e_sae.base_config import KIND_KEY, apply_overrides, deep_update
 from e2e_sae.checkpoint.files import read_json, write_json
 from e2e_sae.config import Config, rename_old_keys
 from e2e_sae.errors import UserError
@@ -42,7 +42,7 @@ class PlannedRun(NamedTuple):
     sweep: str
     """The sweep's name."""
     varied: dict[str, Any]
-    """The values that tell it from the sweep's other runs, by dotted name."""
+    """What tells it from the sweep's other runs, by dotted name (`Parameter.telling`)."""
     config: Config
     """The whole of its settings; `save_dir` is not set yet."""
     program: Path
@@ -64,7 +64,7 @@ class PlannedRun(NamedTuple):
     @property
     def label(self) -> str:
         """Its sweep and its varied values, for people."""
-        return " ".join([self.sweep, *(f"{k}={short(v)}" for k, v in short_names(self.varied).items())])
+        return " ".join([self.sweep, *shown(self.varied)])
 
 
 def plan_sweep(sweep: Sweep, overrides: Sequence[str], cost: Cost, memory: Path) -> Plan:
@@ -93,6 +93,22 @@ def plan_sweep(sweep: Sweep, overrides: Sequence[str], cost: Cost, memory: Path)
     return Plan(sweep, len(unique), iter(unique.values()))
 
 
+def shown(varied: Mapping[str, Any]) -> list[str]:
+    """Returns varied settings as they are shown. What a mapping is of, if it says so, stands for its name.
+
+    >>> shown({"loss.sparsity.coeff": 1, "saes.sae": {"architecture": "topk", "k": 32}})
+    ['sparsity.coeff=1', 'topk k=32']
+    >>> shown({"saes.sae": {"k": 32}, "loss.logits_kl": None})
+    ['sae.k=32', 'loss.logits_kl=None']
+    """
+    settings: dict[str, Any] = {}
+    for name, value in varied.items():
+        is_flat = isinstance(value, Mapping) and value and KIND_KEY not in value
+        settings |= {f"{name}.{key}": entry for key, entry in value.items()} if is_flat else {name: value}
+    named = short_names(settings).items()
+    return [short(v) if isinstance(v, Mapping) and v else f"{name}={short(v)}" for name, v in named]
+
+
 def short_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the mapping with the last two parts of each dotted name, where that is clear.
 
@@ -104,10 +120,19 @@ def short_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """Returns a value as it is shown: 4 digits of a number, a list's items joined."""
+    """Returns a value as it is shown: 4 digits of a number, the items of a list or of a mapping joined.
+
+    >>> short([{"k": 32, "architecture": "topk"}, 0.123456])
+    'topk k=32+0.1235'
+    """
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "+".join(map(short, value))
+    if isinstance(value, Mapping) and value:
+        kind = [str(value[KIND_KEY])] if KIND_KEY in value else []
+        return " ".join([*kind, *(f"{key}={short(entry)}" for key, entry in value.items() if key != KIND_KEY)])
+    return str(value)
 
 
 def _planned(sweep: Sweep, combination: Iterable[Any], overrides: Sequence[str]) -> PlannedRun:
@@ -118,7 +143,7 @@ def _planned(sweep: Sweep, combination: Iterable[Any], overrides: Sequence[str])
         for part in reversed(path):
             nested = {part: nested}
         values = deep_update(values, nested)
-    varied = {p.name: chosen[p.path] for p in sweep.varied}
+    varied = {p.name: p.telling(chosen[p.path]) for p in sweep.varied}
     try:
         # Today's names on both sides: else an old key in the sweep would lose to the base's new one.
         merged = deep_update(rename_old_keys(sweep.base), rename_old_keys(values))

@@ -111,8 +111,8 @@ def _execute(executor: Executor, plans: Sequence[Plan], sweep_dir: Path, jobs: i
     logger.info(f"table: {table}\nfigure: {figure if is_drawn else 'none, nothing has been evaluated'}")
     if executor.n_done_before:
         logger.info(f"{executor.n_done_before} of {n_total} runs had been finished before")
-    folders = {run.label: RunFolder.of(run, sweep_dir) for run in executor.runs}
-    failures = [f"{label}: {f.failure}; log: {f.log_file}" for label, f in folders.items() if f.status == "failed"]
+    folders = [(run.label, RunFolder.of(run, sweep_dir)) for run in executor.runs]
+    failures = [f"{label}: {f.failure}; log: {f.log_file}" for label, f in folders if f.status == "failed"]
     if failures:
         listed = "\n  ".join(failures)
         raise RunFailed(f"{len(failures)} of {n_total} runs failed; to try them again: {command}\n  {listed}")

@@ -11,6 +11,7 @@ from e2e_sae.base_config import deep_update
 from e2e_sae.config import Config
 from e2e_sae.errors import MissingFileError, UserError
 from e2e_sae.sweeps.plan import PlannedRun, plan_sweep
+from e2e_sae.sweeps.run_folder import RunFolder
 from e2e_sae.sweeps.sweep_file import read_sweep
 from tests.sweeps.conftest import SweepFile
 from tests.tiny_runs import console
@@ -39,6 +40,46 @@ def test_a_runs_settings_are_the_base_with_its_nested_values_over_it(
     expected = deep_update(base_values, {"loss": {"sparsity": {"coeff": 2}}, "lr": 0.005, "seed": 3, "save_dir": None})
     assert runs[2].config == Config.from_dict(expected)
     assert runs[2].label == "sweep sparsity.coeff=2 seed=3"
+
+
+TOPK, BATCH = {"architecture": "topk", "k": 3}, {"architecture": "batch_topk", "k": 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([TOPK, BATCH, {"architecture": "relu"}], ["topk", "batch_topk", "relu"]),
+        ([TOPK, {**TOPK, "k": 4}, {"architecture": "relu"}], ["topk k=3", "topk k=4", "relu"]),
+        ([TOPK, {**TOPK, "k": 4}], ["sae.k=3", "sae.k=4"]),
+        ([TOPK, {**TOPK, "skip": True}, BATCH], ["topk", "topk skip=True", "batch_topk"]),
+        (
+            [{"architecture": "hierarchical_topk", "ks": ks} for ks in ([1, 2], [2, 3])] + [TOPK],
+            ["hierarchical_topk ks=1+2", "hierarchical_topk ks=2+3", "topk"],
+        ),
+    ],
+)
+def test_of_a_mapping_the_label_has_what_tells_it_from_the_sweeps_other_values(
+    sweep_file: SweepFile, values: list[Any], expected: list[str]
+) -> None:
+    sae = {"saes": {"parameters": {"sae": {"values": values}}}}
+    runs = runs_of(sweep_file(parameters=sae))
+    assert [run.label for run in runs] == [f"sweep {label}" for label in expected]
+    # The same sweep has the same labels, also where it has got no further than its first run; so has each folder.
+    first, *_ = runs_of(sweep_file(parameters=sae), count=1)
+    assert (first.label, first.key) == (runs[0].label, runs[0].key)
+    names = [RunFolder.of(run, Path("out")).path.name for run in runs]
+    assert names[0] == f"sweep_{expected[0].replace(' ', '_')}_{runs[0].key}"
+
+
+def test_terms_that_are_there_or_not_have_short_labels_too(sweep_file: SweepFile) -> None:
+    terms = [None, {"coeff": 1.5}, {"coeff": 2, "position_fraction": 0.5}]
+    kl = {"loss": {"parameters": {"logits_kl": {"values": terms}}}}
+    labels = [run.label for run in runs_of(sweep_file(parameters=kl))]
+    assert labels == [
+        "sweep loss.logits_kl=None",
+        "sweep logits_kl.coeff=1.5",
+        "sweep logits_kl.coeff=2 logits_kl.position_fraction=0.5",
+    ]
 
 
 def test_an_old_key_in_a_sweep_wins_over_todays_key_in_the_base(sweep_file: SweepFile) -> None:

@@ -133,6 +133,58 @@ def test_what_a_grid_varies_besides_sparsity_makes_lines_and_positions_make_pane
     assert styles[0][1] != styles[1][1]
 
 
+def test_how_sparse_saes_are_to_be_runs_along_the_lines_whatever_says_it(
+    sweep_file: SweepFile, tmp_path: Path, drawn: list[Any]
+) -> None:
+    def grid(name: str, loss: dict[str, Any], sae: Any) -> list[PlannedRun]:
+        parameters = {"saes": {"parameters": {"sae": {"values": sae}}}, "loss": {"parameters": {"sparsity": loss}}}
+        return runs_of(sweep_file(name=name, parameters=parameters))
+
+    targets = {"parameters": {"target_l0": {"values": [4, 8]}}}
+    kinds = [{"architecture": "topk", "k": k} for k in (2, 4)] + [{"architecture": "hierarchical_topk", "ks": [2, 4]}]
+    runs = [
+        *grid("a", {"value": {"coeff": 0}}, kinds),
+        *grid("b", targets, [{"architecture": "gated"}, {"architecture": "relu"}]),
+    ]
+    for n, run in enumerate(runs):
+        finish(run, tmp_path, [A], l0=[5.0 + n], alive=[9], ce=0.1)
+    path = save_table(runs, tmp_path)
+    table = pd.read_csv(path, dtype=str)
+    assert table["saes.sae"].tolist() == ["topk k=2", "topk k=4", "hierarchical_topk", *["gated", "relu"] * 2]
+    assert table["number"].tolist() == ["2", "4", "0", "4", "4", "8", "8"]
+    lines = ["topk", "topk", "hierarchical_topk", "gated", "relu", "gated", "relu"]
+    assert table["line"].tolist() == [f"local, {line}" for line in lines]
+    assert "number" not in table_text(path)
+    draw_pareto(path, tmp_path / "p.png")
+    assert [len(line.get_xydata()) for line in drawn[0].axes[0].lines] == [2, 1, 2, 2]
+
+
+def test_dozens_of_lines_look_all_different_and_leave_room_for_the_panels(tmp_path: Path, drawn: list[Any]) -> None:
+    """Warnings are errors here."""
+    kinds = ["local", "e2e", "e2e+ds", "local then e2e+local"]
+    table = pd.DataFrame(
+        {"type": kind, "line": f"{kind}, an_architecture_with_a_name k={n}", "position": position, "is_joined": True}
+        | {"l0": 10.0 + n + x, "alive": 100 + x, "ce_increase": 1 / (1 + n + x), "number": n}
+        for kind in kinds
+        for n in range(10)
+        for position in (A, B)
+        for x in range(3)
+    )
+    table.to_csv(tmp_path / "sweep.csv", index=False)
+    assert draw_pareto(tmp_path / "sweep.csv", tmp_path / "pareto.png")
+    (figure,) = drawn
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == 40
+    assert len(figure.legends[0].texts) == 40
+    for ax in figure.axes:
+        assert ax.get_window_extent().height > 2.5 * figure.dpi
+        assert not ax.texts
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+    assert legend.y1 < min(ax.get_tightbbox().y0 for ax in figure.axes) + 5  # text is not as large at every resolution
+
+
 def test_random_runs_are_points_and_sweeps_of_one_type_are_told_apart(
     sweep_file: SweepFile, tmp_path: Path, drawn: list[Any]
 ) -> None:
