@@ -5,6 +5,7 @@ library itself renamed. Keys it did not have are marked (new).
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -113,7 +114,8 @@ class Config(BaseConfig):
     """The loss; may be left out where `phases` say all of it."""
     optimizer: OptimizerName = "adam"
     """(new) `adam` as in the paper; `adamw`, `radam`, `signum`, `muon`, `schedulefree_adamw`: their formulas are in
-    `update_rules.py`. The last keeps an average, as `ema_decay` does, and goes with `lr_schedule: linear`."""
+    `update_rules.py`. The last keeps an average, as `ema_decay` does, and goes with `lr_schedule: linear`. `adam8bit`:
+    Adam whose moments take a byte a weight instead of four, where bitsandbytes is installed."""
     betas: tuple[Beta, Beta] | None = None
     """(new) Decay of the running means of the gradient and of its square; null: the optimizer's own, (0.9, 0.999), for
     `muon` (0.95, 0.999). `signum` has the first only."""
@@ -213,6 +215,8 @@ class Config(BaseConfig):
             raise ValueError("optimizer: schedulefree_adamw averages the weights by itself: leave out ema_decay")
         if self.optimizer == "adam" and self.weight_decay:
             raise ValueError(f"weight_decay={self.weight_decay:g} needs optimizer: adamw (adam has none)")
+        if self.optimizer == "adam8bit" and self.dtype == "float64":
+            raise ValueError("optimizer: adam8bit is for float32 SAEs: choose another optimizer with dtype: float64")
         self._check_dtype()
         self._check_data()
         if self.dead_latents is not None:
@@ -301,7 +305,13 @@ class Config(BaseConfig):
         """Sequences per optimizer step."""
         return self.effective_batch_size or self.batch_size
 
-    @property
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Config":
+        """Returns a copy with some values replaced, unchecked."""
+        copy = super().model_copy(update=update, deep=deep)
+        vars(copy).pop("phase_configs", None)  # those of other values
+        return copy
+
+    @cached_property
     def phase_configs(self) -> "list[Config]":
         """The config of each phase, as that of a run which is this phase from beginning to end; without phases, itself.
 

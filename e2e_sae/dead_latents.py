@@ -152,8 +152,9 @@ class DeadLatents:
             renewed = resample_(
                 last.sae_acts[name], last.batch, self.is_dead(name), generator, config.method, config.encoder_norm
             )
-            for parameter, where in [(sae.W_enc, renewed), (sae.b_enc, renewed), (sae.W_dec, renewed[:, None])]:
-                optimizer.forget(parameter, where)
+            optimizer.forget(sae.W_dec, renewed[:, None])
+            for parameter in ("W_enc", "b_enc", *sae.latent_parameters()):
+                optimizer.forget(sae.get_parameter(parameter), renewed)
             self.n_tokens_silent[name].masked_fill_(renewed, 0)
             self._n_resampled[name].add_(renewed.sum())
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from e2e_sae.base_config import apply_overrides, deep_update, read_yaml
 from e2e_sae.checkpoint import load_run
 from e2e_sae.checkpoint.files import read_json
@@ -87,11 +89,12 @@ def finetune(
     """
     run = _open(source)
     config = finetune_config(run, config_file, overrides)
-    before = _measure(run, config)
+    lm = load_lm(config.lm, config.device)
+    before = _measure(run, config, lm)
     logger.info(f"before: {before}")
     if hold_l0:
         config = _holding(config, before.l0)
-    run_dir = train(config)
+    run_dir = train(config, lm=lm)
     assert run_dir is not None, "a fine-tuning has a folder"
     after = _final_quality(run_dir)
     logger.info(f"before: {before}")
@@ -183,7 +186,7 @@ def _name(run: StoredRun) -> str:
 def _saes_values(run: StoredRun) -> dict[str, Any]:
     """Returns `saes:` of the config that begins with the stored SAEs."""
     infos = [stored.info for stored in run.saes.values()]
-    kinds = [sae_config({**info.options, "architecture": info.architecture}).to_dict() for info in infos]
+    kinds = [sae_config({**info.options, "architecture": info.architecture}).trained.to_dict() for info in infos]
     for info, kind in zip(infos, kinds, strict=True):
         differing = [key for key in kind.keys() | kinds[0].keys() if kind.get(key) != kinds[0].get(key)]
         if differing:
@@ -276,9 +279,8 @@ def _holding(config: Config, l0: Mapping[str, float]) -> Config:
     return Config.from_dict(values)
 
 
-def _measure(run: StoredRun, config: Config) -> Quality:
+def _measure(run: StoredRun, config: Config, lm: nn.Module) -> Quality:
     """Returns what the SAEs are worth as they are stored."""
-    lm = load_lm(config.lm, config.device)
     model, batches = SAETransformer.from_run(run, lm), load_eval_batches(config, lm)
     assert batches is not None, "there are evaluation data"
     data, device = config.eval_data or config.train_data, model_facts(lm).device

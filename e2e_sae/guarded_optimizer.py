@@ -4,11 +4,17 @@ Whether the loss and the gradient are finite is decided on the device, and remem
 on, every step is a no-op, and `trouble`, which waits, tells. Parameters, moments and step counters then are
 bit for bit what they were before the bad step. It is what a gradient scaler of mixed precision does with a bad step,
 and it uses the same entrance: `found_inf` of torch's fused Adam and AdamW, a number on the device that is 1 to leave
-the step out; `update_rules.py` has it too.
+the step out; `update_rules.py` has it too. `adam8bit` has no such entrance: there each step waits.
+
+`adam8bit` is bitsandbytes' Adam (Dettmers et al. 2022, arXiv 2110.02861): both moments as 8-bit codes, with a scale for
+each block of 256; those of parameters with fewer than 4,096 numbers stay float32.
 """
 
+import importlib
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from e2e_sae.acts import Mean
+from e2e_sae.errors import UserError
 from e2e_sae.optim import OptimizerName
 from e2e_sae.update_rules import Muon, RAdam, ScheduleFreeAdamW, Signum, UpdateRule
 
@@ -74,6 +81,9 @@ class GuardedOptimizer:
         if name in UPDATE_RULES:
             self._never_waits = True
             self._optimizer: torch.optim.Optimizer = UPDATE_RULES[name](of_groups, **options)
+        elif name == "adam8bit":
+            self._never_waits = False
+            self._optimizer = _bitsandbytes().optim.Adam8bit(of_groups, **options)
         else:
             can_fuse = all(p.device.type in ("cpu", "cuda") for p in self._parameters)
             self._never_waits = can_fuse if fused is None else fused
@@ -137,9 +147,12 @@ class GuardedOptimizer:
             where: which elements, to be broadcast over it.
         """
         initial = self._optimizer.initial(parameter) if isinstance(self._optimizer, UpdateRule) else {}
-        for name, kept in self._optimizer.state[parameter].items():
+        state = self._optimizer.state[parameter]
+        for name, kept in state.items():
             if isinstance(kept, Tensor) and kept.shape == parameter.shape:
-                kept.copy_(torch.where(where, initial.get(name, 0), kept))
+                # In 8 bits it is the code of 0 that stands for 0.
+                zero = state[name.replace("state", "qmap")].abs().argmin() if kept.dtype == torch.uint8 else 0
+                kept.copy_(torch.where(where, initial.get(name, zero), kept))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -171,3 +184,24 @@ class GuardedOptimizer:
         self._bad_values[tuple(values)] = torch.where(is_first, stacked, kept)
         self._bad_step.masked_fill_(is_first, step)
         self._is_bad.masked_fill_(is_first, 1.0)
+
+
+def check_installed(name: OptimizerName) -> None:
+    """Checks that an optimizer's library is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if name == "adam8bit" and find_spec("bitsandbytes") is None:
+        raise UserError("optimizer: adam8bit needs bitsandbytes, which is not installed here: pip install bitsandbytes")
+
+
+def _bitsandbytes() -> Any:
+    """Returns the module; what it says of kernels for other things than this is left unsaid."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        log.setLevel(level)

@@ -4,7 +4,7 @@ Several members can train on one clean pass; each ends where it would have ended
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from e2e_sae.phases import Phase, phase_at
 from e2e_sae.saes.scaling import folded
 from e2e_sae.sparsity_control import SparsityControl, Stage
 from e2e_sae.trackers import Tracker
-from e2e_sae.weight_average import WeightAverage, in_place
+from e2e_sae.weight_average import AveragedSAEs
 
 
 class BatchResult(NamedTuple):
@@ -82,10 +82,9 @@ class Member:
             weight_decay=config.weight_decay,
             lr_factors=[lr_factor(config.lr_scaling, d_sae) for _, d_sae in trained],
         )
-        decay = config.ema_decay
-        self._average = None if decay is None else WeightAverage([parameter for parameter, _ in trained], decay)
         for sae in self._saes.values():
             sae.train(any(parameter.requires_grad for parameter in sae.parameters()))
+        self._averaged = AveragedSAEs(self._saes, self._optimizer, config.ema_decay)
         self._enter(phases[0])
         training = [position.name for position, sae in self._saes.items() if sae.training]
         self._sparsity = SparsityControl(stages, training, config.samples_per_step, trained[0][0].device)
@@ -176,19 +175,13 @@ class Member:
                 sae.after_step(last.spliced.sae_acts[position.name])
         if self._dead is not None:
             self._dead.resample(last.spliced, self._optimizer)
-        if self._average is not None:
-            self._average.update()
+        self._averaged.update(last.spliced)
         self._sparsity.move(step)
         return norm
 
     def averaged(self) -> AbstractContextManager[None]:
         """Gives its SAEs, while the block is open, the weights that are evaluated and saved: averages, if there are."""
-        averages = self._averages
-        return nullcontext() if averages is None else in_place(self._optimizer.parameters, averages)
-
-    @property
-    def _averages(self) -> list[Tensor] | None:
-        return self._optimizer.averages if self._average is None else self._average.averages
+        return self._averaged.in_place()
 
     def check(self) -> None:
         """Waits for the device and asks whether everything was finite.
@@ -222,7 +215,6 @@ class Member:
         if self.run_dir is None:
             return
         infos: dict[str, StoredSAEInfo] = {}
-        tensors: dict[str, dict[str, Tensor]] = {}
         for position, sae in self._saes.items():
             if not all(parameter.isfinite().all() for parameter in sae.parameters()):
                 self._fail(n_steps, f"the SAE at {position.name} is not finite any more")
@@ -237,7 +229,6 @@ class Member:
                 dtype=str(sae.dtype).removeprefix("torch."),
                 scales=(sae.scales.read, sae.scales.write),
             )
-            tensors[position.name] = folded(sae, sae.stored_tensors)
         counts = self.window.latest
         info = CheckpointInfo(
             library_version=e2e_sae.__version__,
@@ -251,6 +242,7 @@ class Member:
         )
         state = self.state()
         with self.averaged():
+            tensors = {position.name: folded(sae, sae.stored_tensors) for position, sae in self._saes.items()}
             path = self.run_dir.save(info, tensors, counts.counts, {**loop_state, **state})
         for tracker in self.trackers:
             tracker.save(path)
@@ -259,10 +251,7 @@ class Member:
         """Returns what an exact continuation needs besides the SAEs' parameters."""
         state: dict[str, Any] = {"optimizer": self._optimizer.state_dict(), "window": self.window.state()}
         state["sparsity"] = self._sparsity.state()
-        if self._average is not None:
-            state["average"] = self._average.state()
-        if self._averages is not None:  # the SAEs' own tensors in the checkpoint are these
-            state["weights"] = [parameter.detach().clone() for parameter in self._optimizer.parameters]
+        state |= self._averaged.state()
         return state if self._dead is None else {**state, "dead": self._dead.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -271,10 +260,7 @@ class Member:
         self.window.load_state(state["window"])
         if "sparsity" in state:  # not in checkpoints of versions that moved no coefficient
             self._sparsity.load_state(state["sparsity"])
-        if self._average is not None:
-            self._average.load_state(state["average"])
-        for parameter, weights in zip(self._optimizer.parameters, state.get("weights", ()), strict=False):
-            parameter.data.copy_(weights)
+        self._averaged.load_state(state)
         if self._dead is not None:
             self._dead.load_state(state["dead"])
 

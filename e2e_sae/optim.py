@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 from e2e_sae.errors import UserError
 
-OptimizerName = Literal["adam", "adamw", "radam", "signum", "muon", "schedulefree_adamw"]
-"""`adam` and `adamw` are torch's; the others: `update_rules.py`."""
+OptimizerName = Literal["adam", "adamw", "radam", "signum", "muon", "schedulefree_adamw", "adam8bit"]
+"""`adam` and `adamw` are torch's, `adam8bit` is bitsandbytes'; the others: `update_rules.py`."""
 LRScaling = Literal["none", "inverse_sqrt"]
 """How the learning rate goes with the number of latents: `lr_factor`."""
 REFERENCE_D_SAE = 2**14

@@ -18,7 +18,8 @@ each dead latent gets a token, drawn with a probability proportional to the squa
 
     D_j = u,    W_enc_j = encoder_norm u x mean norm of the alive columns,    bias 0 in z = (x - b_dec) W_enc + bias
 
-and rows of W_dec get the mean norm of the alive ones (1 where they are normalised). The recipe draws from 819,200
+and rows of W_dec get the mean norm of the alive ones (1 where they are normalised). What else an architecture has for
+each latent (thresholds, scales) starts anew (`SAE.latent_parameters`). The recipe draws from 819,200
 inputs, with replacement, by the whole loss. Here tokens are those of one batch, no two latents get the same one (they
 would stay equal for ever), and where there are more dead latents than tokens the last ones get none.
 
@@ -101,6 +102,9 @@ def resample_(
     sae.W_enc.copy_(torch.where(renewed, columns, sae.W_enc))
     sae.b_enc.copy_(torch.where(renewed, biases, sae.b_enc))
     sae.W_dec.copy_(torch.where(renewed[:, None], rows, sae.W_dec))
+    for name, start in sae.latent_parameters().items():
+        parameter = sae.get_parameter(name)
+        parameter.copy_(torch.where(renewed, start, parameter))
     return renewed
 
 

@@ -21,6 +21,7 @@ from e2e_sae.data_init import Beginner, initialise_from_data
 from e2e_sae.errors import UserError
 from e2e_sae.evaluate import token_batches
 from e2e_sae.group import member_configs
+from e2e_sae.guarded_optimizer import check_installed
 from e2e_sae.hooks import check_per_token, exact_hook_name, is_later
 from e2e_sae.log import logger
 from e2e_sae.losses import LossConfigs
@@ -68,13 +69,16 @@ class _Planned(NamedTuple):
     """Its SAEs before they are trained; of a resumed run, none."""
 
 
-def set_up(config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker | None = None) -> Parts:
+def set_up(
+    config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker | None = None, lm: nn.Module | None = None
+) -> Parts:
     """Loads the model and the data, builds the SAEs, and only then makes the run folders and starts W&B.
 
     Args:
         config: what to set up.
         resume: the old runs that go on, one for each member.
         wandb: a W&B run that has been started already.
+        lm: the config's language model, if it has been loaded already.
 
     Raises:
         UserError: anything that the config asks for is not there or does not fit.
@@ -85,7 +89,7 @@ def set_up(config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker |
             "a run of a W&B sweep cannot have members: `e2e-sae sweep --shared` trains a sweep's runs together"
         )
     shared = configs[0]  # the data seeds are the same in all
-    lm = load_lm(shared.lm, shared.device)
+    lm = load_lm(shared.lm, shared.device) if lm is None else lm
     train_batches, eval_batches = _load_data(shared, lm)
     n_groups = _plan(shared, train_batches)
     n_samples = None if n_groups is None else shared.n_samples or train_batches.n_samples
@@ -242,6 +246,9 @@ def _plan_member(
     config: Config, lm: nn.Module, n_samples: int | None, n_steps: int | None, resume: Resumed | None
 ) -> _Planned:
     """Builds a member's SAEs, with what is stored of them."""
+    check_installed(config.optimizer)
+    if n_samples is not None and resume is None:
+        config.saes.sae.check_length(n_samples)
     phases = plan_phases(config, n_samples, n_steps)
     positions = resolve_positions(lm, config.saes.sae_positions)
     names = [position.name for position in positions]

@@ -330,27 +330,30 @@ class Trainer:
         return progress_bar(total=total, initial=self.state.n_samples, desc="training", unit="sample")
 
 
-def train(config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker | None = None) -> Path | None:
+def train(
+    config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker | None = None, lm: nn.Module | None = None
+) -> Path | None:
     """Trains what the config says and returns the run's folder (None if nothing is written), with `members` the first.
 
     Args:
         config: what to do.
         resume: the old runs that go on, one for each member.
         wandb: a W&B run that has been started already; None: one is started if the config asks for it.
+        lm: the config's language model, if it has been loaded already.
 
     Raises:
         UserError: the config asks for something that is not there or does not fit together.
         RunFailed: a loss or gradient became non-finite; of several members, the others are finished.
         Interrupted: a signal stopped it; the run is saved.
     """
-    return train_members(config, resume, wandb)[0]
+    return train_members(config, resume, wandb, lm)[0]
 
 
 def train_members(
-    config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker | None = None
+    config: Config, resume: Sequence[Resumed] = (), wandb: WandbTracker | None = None, lm: nn.Module | None = None
 ) -> list[Path | None]:
     """Does what `train` does, and returns the folder of each member."""
-    parts = set_up(config, resume, wandb)
+    parts = set_up(config, resume, wandb, lm)
     loop_state = resume[0].loop_state if resume else None
     trainer = Trainer(
         config=config,

@@ -162,6 +162,39 @@ def test_latents_that_were_forced_dead_come_back_with_each_repair_and_not_withou
             assert RESAMPLED not in member.lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("sae", "shut"),
+    [({"architecture": "jumprelu", "initial_threshold": 0.05}, "threshold"), ({"architecture": "gated"}, "b_mag")],
+    ids=["jumprelu", "gated"],
+)
+def test_what_shut_a_latent_is_forgotten_with_what_the_optimizer_knew_of_it(
+    model: Path, tmp_path: Path, sae: dict[str, Any], shut: str
+) -> None:
+    resample = {"every_n_samples": 8, "method": "residuals", "encoder_norm": 1}
+    rows, dead = write_rows(tmp_path / "rows.parquet", 12), {"after_n_tokens": 40, "resample": resample}
+    config = run_config(model, rows, None, saes={"sae": sae}, dead_latents=dead, lr=1e-3)
+    (member,) = (parts := set_up(config)).members
+    (own,) = member.model.saes_at().values()
+    parameter = own.get_parameter(shut)
+    with torch.no_grad():
+        parameter[:10] = 9 if shut == "threshold" else -9
+    trainer = Trainer(config, parts.lm, parts.members, parts.train_batches, None, parts.n_groups, parts.device)
+    steps = torch.stack([*random_tokens(10, N_CTX).split(2)])
+    index = [name for name, _ in own.named_parameters()].index(shut)
+    for n, tokens in enumerate(steps):
+        before = parameter[:10].detach().clone()
+        if n == 3:  # after which 8 samples have been seen
+            moments = member.state()["optimizer"]["state"][index]["exp_avg_sq"].fill_(1.0)
+            trainer.train_step([TokenBatch.of(tokens, start=2 * n)], is_last=False)
+            is_new = (parameter[:10] - before).abs() > 8
+            assert is_new.sum() >= 8
+            assert torch.equal(moments[:10] == 0, is_new)
+            continue
+        trainer.train_step([TokenBatch.of(tokens, start=2 * n)], is_last=False)
+    (silent,) = member.state()["dead"]["silent"].values()
+    assert (silent[:10] < 16).sum() >= 5
+
+
 @pytest.fixture(scope="module", params=["local", "e2e+ds"])
 def repaired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A finished run with both repairs, resampled before its checkpoint at 12 samples and again at 16."""

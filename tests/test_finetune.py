@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import e2e_sae.finetune
+import e2e_sae.setup
 from e2e_sae.checkpoint import load_run
 from e2e_sae.config import Config
 from e2e_sae.convert import convert_to_legacy
@@ -17,15 +18,27 @@ from e2e_sae.errors import UserError
 from e2e_sae.evaluate_run import evaluate_run_dir
 from e2e_sae.finetune import finetune, finetune_config
 from e2e_sae.losses import LossConfigs
+from e2e_sae.models.lm import load_lm
 from e2e_sae.scripts.cli import main
 from e2e_sae.setup import set_up
 from e2e_sae.train import resume_training, train
 from tests.checkpoint import test_saelens as saelens
 from tests.killed_runs import assert_ended_alike, killed
-from tests.tiny_runs import E2E_DS, LOCAL, N_CTX, console, run_config, run_values, weights, write_rows
+from tests.tiny_runs import (
+    E2E_DS,
+    LOCAL,
+    N_CTX,
+    assert_same,
+    console,
+    lines_of,
+    run_config,
+    run_values,
+    weights,
+    write_rows,
+)
 
 A, B = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
-CE = "performance/eval/ce_increase"
+CE, L0 = "performance/eval/ce_increase", f"sparsity/train/L_0/{A}"
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +127,28 @@ def test_it_begins_with_the_stored_saes_and_ends_as_the_command_says(
     again = killed(run, tmp_path / "killed", keep=-1)
     resume_training(again)
     assert_ended_alike(again, run)
+
+
+def test_the_language_model_is_loaded_once_and_k_has_fallen_already(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saes = {"sae": {"architecture": "topk", "k": 4, "k_start": 9, "k_anneal_samples": 16}}
+    source = trained(model, tmp_path / "old", saes=saes, loss={"out_to_in": {"coeff": 1.0}})
+    loaded: list[Any] = []
+
+    def load_once(*arguments: Any) -> Any:
+        loaded.append(arguments)
+        return load_lm(*arguments)
+
+    for module in (e2e_sae.finetune, e2e_sae.setup):
+        monkeypatch.setattr(module, "load_lm", load_once)
+    with console():
+        done = finetune(source, overrides=[f"save_dir={tmp_path / 'out'}"])
+    assert len(loaded) == 1
+    assert max(line[L0] for line in lines_of(done.run_dir)) <= 4 < lines_of(source)[0][L0]
+    # It is what it would have been with a model of its own.
+    config = Config.from_file(done.run_dir / "final_config.yaml", [f"save_dir={tmp_path / 'alone'}"])
+    assert_same(weights(done.run_dir), weights(train(config)))
 
 
 def test_a_folder_of_the_papers_library_is_improved_too(model: Path, tmp_path: Path) -> None:

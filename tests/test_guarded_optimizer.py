@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from e2e_sae.acts import Mean
-from e2e_sae.guarded_optimizer import GuardedOptimizer, Trouble
+from e2e_sae.errors import UserError
+from e2e_sae.guarded_optimizer import GuardedOptimizer, Trouble, check_installed
 from e2e_sae.optim import OptimizerName
 
 LRS = [0.0, 0.1, 0.05, 0.2, 0.1, 0.02]
@@ -155,6 +157,85 @@ def test_forgetting_lets_an_average_begin_anew() -> None:
     assert torch.equal(average[:, ~where], kept[0][:, ~where])
     train(optimizer, ps, range(3, 4))
     assert (ps[0][:, 1] - 5).abs().max() < 1
+
+
+# --- moments in 8 bits ---
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+def large_parameters() -> list[nn.Parameter]:
+    """One of 6,000 numbers, whose moments are in 8 bits, and one of 300, whose moments are not."""
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(20, 300), (300,)]]
+
+
+def train_large(optimizer: GuardedOptimizer, ps: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in ps:
+            p.grad = 0.1 * torch.randn(p.shape, generator=generator) + 0.01 * p.detach()
+        optimizer.step(step, 0.01)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("weight_decay", [None, 0.1])
+def test_adam8bit_is_nearly_adam_and_keeps_a_byte_of_each_moment(weight_decay: float | None) -> None:
+    ps, twins, start = large_parameters(), large_parameters(), large_parameters()
+    optimizer = GuardedOptimizer(ps, name="adam8bit", weight_decay=weight_decay)
+    twin = GuardedOptimizer(twins, name="adamw", weight_decay=weight_decay or 0.0)
+    train_large(optimizer, ps, range(20))
+    train_large(twin, twins, range(20))
+    torch.testing.assert_close(ps[1], twins[1], rtol=1e-5, atol=1e-6)
+    moved = (twins[0] - start[0]).abs()
+    assert 0 < (ps[0] - twins[0]).abs().max() < 0.1 * moved.max()
+    state = optimizer.state_dict()["state"][0]["__bnb_optimizer_quant_state__"]
+    assert [state[name].dtype for name in ("state1", "state2")] == [torch.uint8] * 2
+    assert state["state1"].shape == (20, 300)
+
+
+@needs_bitsandbytes
+def test_adam8bit_goes_on_to_the_same_bits_and_leaves_bad_steps_out(tmp_path: Path) -> None:
+    ps, twins = large_parameters(), large_parameters()
+    whole, first = GuardedOptimizer(ps, name="adam8bit"), GuardedOptimizer(twins, name="adam8bit")
+    train_large(whole, ps, range(6))
+    train_large(first, twins, range(3))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = GuardedOptimizer(twins, name="adam8bit")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train_large(second, twins, range(3, 6))
+    assert_equal(list(ps), list(twins))
+    second.watch(6, torch.tensor(math.nan), {})
+    train_large(second, twins, range(6, 8))
+    assert_equal(list(ps), list(twins))
+    assert second.trouble() == Trouble("the loss is nan", 6)
+
+
+@needs_bitsandbytes
+def test_adam8bit_forgets_what_it_is_told_to_and_nothing_else() -> None:
+    ps, twins = large_parameters(), large_parameters()
+    optimizers = [GuardedOptimizer(each, name="adam8bit") for each in (ps, twins)]
+    for optimizer, each in zip(optimizers, (ps, twins), strict=True):
+        train_large(optimizer, each, range(5))
+    where = torch.arange(300) < 10
+    before = [p.detach().clone() for p in ps]
+    for p, q in zip(ps, twins, strict=True):
+        optimizers[0].forget(p, where)
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+    for optimizer in optimizers:
+        optimizer.step(5, 0.01)
+    # Without a gradient, weights are moved by what is remembered of older ones.
+    for p, q, old in zip(ps, twins, before, strict=True):
+        assert torch.equal(p[..., where], old[..., where])
+        assert torch.equal(p[..., ~where], q[..., ~where])
+        assert (p[..., ~where] != old[..., ~where]).float().mean() > 0.9
+
+
+def test_without_bitsandbytes_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("e2e_sae.guarded_optimizer.find_spec", lambda name: None)
+    check_installed("adam")
+    with pytest.raises(UserError, match=r"^optimizer: adam8bit needs bitsandbytes, .*: pip install bitsandbytes$"):
+        check_installed("adam8bit")
 
 
 # --- steps that are not finite ---

@@ -1,19 +1,24 @@
 """Options of the optimisation in whole runs: alone or beside others, interrupted or not, the same bit for bit."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from e2e_sae.acts import TokenBatch
+from e2e_sae.checkpoint import load_run
 from e2e_sae.checkpoint.run_dir import read_resume_state
 from e2e_sae.config import Config
 from e2e_sae.errors import UserError
+from e2e_sae.models.runner import run_clean
 from e2e_sae.setup import set_up
 from e2e_sae.train import resume_training, train
+from tests.killed_runs import assert_ended_alike, killed
 from tests.test_members import NO_KL, all_killed, alone, assert_alike, group_values, run_group
-from tests.tiny_runs import E2E, LOCAL, console, lines_of, run_config, weights, write_rows
+from tests.tiny_runs import E2E, LOCAL, N_CTX, console, lines_of, run_config, weights, write_rows
 
 A, B = "blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"
 OPTIONS: list[dict[str, Any]] = [
@@ -22,8 +27,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"optimizer": "radam", "ema_decay": 0.6, "loss.sparsity.target_l0": 4},
     {"optimizer": "adamw", "weight_decay": 0.1, "betas": [0.8, 0.99], "lr_scaling": "inverse_sqrt", "lr": 1e-4},
     {"optimizer": "signum", "loss": LOCAL | NO_KL},
-    {"optimizer": "muon", "loss": LOCAL | NO_KL},
-    {"optimizer": "schedulefree_adamw", "lr_schedule": "linear", "saes.sae.decoder_norm": "projected"},
+    {
+        "optimizer": "muon",
+        "loss": LOCAL | NO_KL,
+        "ema_decay": 0.7,
+        "saes.sae": {"architecture": "batch_topk", "k": 3, "input_norm": "scale"},
+    },
+    {
+        "optimizer": "schedulefree_adamw",
+        "lr_schedule": "linear",
+        "saes.sae": {"architecture": "matryoshka", "k": 3, "group_fractions": [0.5, 0.5], "decoder_norm": "projected"},
+    },
 ]
 
 
@@ -98,10 +112,12 @@ def test_the_embedded_model_ends_within_5_percent_of_the_target(tmp_path: Path, 
 # --- the average ---
 
 
+@pytest.mark.parametrize(("input_norm", "at"), [("none", A), ("scale", "blocks.0.hook_resid_pre")])
 def test_what_is_saved_and_evaluated_is_the_average_of_the_weights_that_training_goes_on_with(
-    tmp_path: Path, model: Path
+    tmp_path: Path, model: Path, input_norm: str, at: str
 ) -> None:
     changes: dict[str, Any] = {
+        "saes": {"sae_positions": [at], "sae": {"input_norm": input_norm}},
         "n_samples": 6,
         "save_every_n_samples": 2,
         "eval_every_n_samples": 2,
@@ -116,8 +132,10 @@ def test_what_is_saved_and_evaluated_is_the_average_of_the_weights_that_training
     for key, average in weights(averaged / "samples_6").items():
         expected = (steps[0][key] + 2 * steps[1][key] + 4 * steps[2][key]) / 7
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
-    kept = read_resume_state(averaged / "samples_6")["weights"]
-    assert all(torch.equal(a, b) for a, b in zip(kept, _in_order(model, rows, steps[2]), strict=True))
+    assert (load_run(averaged).saes[at].info.scales == (1, 1)) == (input_norm == "none")
+    if input_norm == "none":
+        kept = read_resume_state(averaged / "samples_6")["weights"]
+        assert all(torch.equal(a, b) for a, b in zip(kept, _in_order(model, rows, steps[2]), strict=True))
     # After the first step the average is the weights; from then on evaluations differ, and training does not.
     lines = list(zip(lines_of(plain), lines_of(averaged), strict=True))
     of_average = [a["loss/eval/logits_kl"] == b["loss/eval/logits_kl"] for a, b in lines if "loss/eval/logits_kl" in a]
@@ -129,6 +147,44 @@ def _in_order(model: Path, rows: Path, tensors: dict[str, torch.Tensor]) -> list
     """Returns the tensors of a checkpoint in the order of the SAE's parameters."""
     (sae,) = set_up(run_config(model, rows, None)).member.model.saes_at().values()
     return [tensors[f"{A}/{name}"] for name, _ in sae.named_parameters()]
+
+
+def test_a_threshold_for_use_is_saved_as_the_averaged_weights_want_it(tmp_path: Path, model: Path) -> None:
+    """After every step, the batch's smallest latent that the averaged weights make active; the mean over batches."""
+    rows = write_rows(tmp_path / "rows.parquet", 6)
+    saes = {"sae": {"architecture": "batch_topk", "k": 3}}
+    changes: dict[str, Any] = {"saes": saes, "n_samples": 6, "save_every_n_samples": 2, "ema_decay": 0.5, "lr": 0.1}
+    config = run_config(model, rows, tmp_path / "out", **changes)
+    run = train(config)
+    assert run is not None
+    parts = set_up(config.model_copy(update={"save_dir": None}))
+    smallest: list[float] = []
+    for start, batch in enumerate(parts.train_batches.iterate(2)):
+        stored = weights(run / f"samples_{2 * start + 2}")
+        x = run_clean(parts.lm, TokenBatch.of(batch), [A], want_logits=False).at(A)
+        pre_acts = x @ stored[f"{A}/W_enc"] + stored[f"{A}/b_enc"]
+        smallest.append(pre_acts.flatten().sort(descending=True).values[3 * 2 * N_CTX - 1].item())
+        assert stored[f"{A}/threshold.value"].item() == pytest.approx(sum(smallest) / len(smallest), rel=1e-5)
+    assert len(smallest) == 3
+    value, n_batches = read_resume_state(run / "samples_6")["buffers"]
+    assert value != weights(run)[f"{A}/threshold.value"]
+    assert n_batches == 3
+
+
+# --- moments in 8 bits ---
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_run_with_8_bit_moments_goes_on_bit_for_bit(tmp_path: Path, model: Path) -> None:
+    rows = write_rows(tmp_path / "rows.parquet", 12)
+    saes = {"dict_size_to_input_ratio": 20, "sae": {"architecture": "topk", "k": 3}}  # 16 x 320 weights
+    repairs = {"after_n_tokens": 20, "resample": {"every_n_samples": 2}}
+    changes = {"saes": saes, "optimizer": "adam8bit", "save_every_n_samples": 6, "dead_latents": repairs}
+    run = train(run_config(model, rows, tmp_path / "out", **changes))
+    assert run is not None
+    again = killed(run, tmp_path / "killed", keep=1)
+    resume_training(again)
+    assert_ended_alike(again, run)
 
 
 # --- learning rates ---
@@ -173,6 +229,7 @@ def test_each_sae_of_a_run_has_the_learning_rate_of_its_size(tmp_path: Path, mod
         ({"ema_decay": 1.0}, "config key 'ema_decay'"),
         ({"ema_decay": 0.9, "optimizer": "schedulefree_adamw"}, "averages the weights by itself: leave out ema_decay"),
         ({"betas": [0.9, 1.0]}, "config key 'betas.1'"),
+        ({"optimizer": "adam8bit", "dtype": "float64"}, "optimizer: adam8bit is for float32 SAEs"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, model: Path, changes: dict[str, Any], words: str) -> None:

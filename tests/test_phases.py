@@ -82,6 +82,18 @@ def test_the_configs_own_loss_may_be_left_out_where_phases_say_all_of_it(model: 
     assert Config.from_dict(config.to_dict()).phase_configs == config.phase_configs
 
 
+def test_phases_are_validated_once_and_anew_for_a_copy_with_other_values(model: Path, tmp_path: Path) -> None:
+    config = Config.from_dict(phased(model, tmp_path, [{"until": 0.5}, {"loss": E2E}]))
+    assert config.phase_configs is config.phase_configs
+    copy = config.model_copy(update={"lr": 0.5})
+    assert [own.lr for own in copy.phase_configs] == [0.5, 0.5]
+    assert [own.lr for own in config.phase_configs] == [0.01, 0.01]
+    alone = config.model_copy(update={"phases": None})
+    assert alone.phase_configs == [alone]
+    assert config == Config.from_dict(config.to_dict())
+    assert "phase_configs" not in config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("phases", "n_steps", "expected"),
     [

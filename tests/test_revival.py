@@ -13,6 +13,8 @@ from e2e_sae.acts import SAEPass, TokenBatch
 from e2e_sae.models.runner import apply_sae
 from e2e_sae.revival import auxk_loss, resample_
 from e2e_sae.saes.base import SAE, SAEConfig
+from e2e_sae.saes.gated import GatedSAE
+from e2e_sae.saes.jumprelu import JumpReluConfig, JumpReluSAE
 from e2e_sae.saes.relu import ReluSAE
 from e2e_sae.saes.topk import TopKConfig, TopKSAE
 
@@ -265,6 +267,25 @@ def test_nothing_changes_where_none_is_dead() -> None:
     before = [parameter.detach().clone() for parameter in sae.parameters()]
     assert not resample_(pass_of(sae), batch_of(), mask(), generator()).any()
     assert all(torch.equal(a, b) for a, b in zip(before, sae.parameters(), strict=True))
+
+
+def test_what_else_decides_whether_a_latent_fires_starts_anew() -> None:
+    """Of latents that nothing can open any more, those that are renewed fire at the token that they point along."""
+    config = JumpReluConfig(initial_threshold=0.25)
+    jumprelu, gated = JumpReluSAE(D_IN, D_SAE, config, generator()).double(), GatedSAE(D_IN, D_SAE).double()
+    with torch.no_grad():
+        jumprelu.threshold.fill_(100.0)
+        gated.b_mag.fill_(-100.0)
+        gated.r_mag.fill_(3.0)
+    for sae in (jumprelu, gated):
+        acts = pass_of(sae)
+        assert not acts.latents.any()
+        renewed = resample_(acts, batch_of(), mask(0, 5), generator(3), encoder_norm=20.0)
+        assert ((pass_of(sae).latents > 0).flatten(0, 1).any(0) == renewed).all()
+    assert jumprelu.threshold.tolist() == [0.25 if renewed[j] else 100.0 for j in range(D_SAE)]
+    assert torch.equal(gated.b_mag[renewed], gated.b_enc[renewed])
+    assert (gated.b_mag[~renewed] == -100).all()
+    assert gated.r_mag.tolist() == [0.0 if renewed[j] else 3.0 for j in range(D_SAE)]
 
 
 @pytest.mark.parametrize("along", ["inputs", "residuals"])

@@ -12,6 +12,7 @@ import yaml
 from e2e_sae.checkpoint import load_run
 from e2e_sae.checkpoint.files import write_json, write_tensors
 from e2e_sae.checkpoint.legacy import legacy_state_dict, write_legacy_saes
+from e2e_sae.config import Config
 from e2e_sae.errors import UserError
 from e2e_sae.setup import set_up
 from e2e_sae.train import train
@@ -51,6 +52,22 @@ def test_evaluating_on_the_training_rows_is_warned_of(tmp_path: Path, model: Pat
     with console() as said:
         set_up(run_config(model, rows, None, eval_data=other, eval_every_n_samples=0))
     assert not any("same rows" in line for line in said)
+
+
+@pytest.mark.parametrize(("n_samples", "length"), [(8, 8), (None, 20)])
+def test_a_k_that_would_not_come_down_in_the_run_is_refused(
+    tmp_path: Path, model: Path, rows: Path, n_samples: int | None, length: int
+) -> None:
+    def config(k_anneal_samples: int) -> Config:
+        sae = {"architecture": "topk", "k": 4, "k_anneal_samples": k_anneal_samples}
+        return run_config(model, rows, tmp_path / "out", n_samples=n_samples, saes={"sae": sae})
+
+    with pytest.raises(UserError) as caught:
+        set_up(config(length + 1))
+    expected = f"saes.sae.k_anneal_samples={length + 1} is longer than the run of {length} samples: k would not come"
+    assert str(caught.value) == f"{expected} down to 4; make it shorter"
+    assert not (tmp_path / "out").exists()
+    set_up(config(length).model_copy(update={"save_dir": None}))
 
 
 def test_epochs_multiply_the_samples(tmp_path: Path, model: Path, rows: Path) -> None:

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from e2e_sae.weight_average import WeightAverage, in_place
+from e2e_sae.acts import Pass, Position, TokenBatch
+from e2e_sae.guarded_optimizer import GuardedOptimizer
+from e2e_sae.saes import SAE, BatchTopKSAE, JumpReluSAE
+from e2e_sae.saes.batch_topk import BatchTopKConfig
+from e2e_sae.saes.jumprelu import JumpReluConfig
+from e2e_sae.weight_average import AveragedSAEs, WeightAverage, in_place
+from tests.saes.plain import own_pass
 
 
 def weights_of(average: WeightAverage, parameter: nn.Parameter) -> list[float]:
@@ -56,3 +62,58 @@ def test_it_goes_on_from_its_state() -> None:
     run(of_second, second, [-0.4])
     assert torch.equal(second, whole)
     assert weights_of(of_second, second) == weights_of(of_whole, whole) != weights_of(of_first, first)
+
+
+def test_what_is_done_in_the_block_is_done_to_the_values() -> None:
+    buffer, value = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 6.0])
+    with torch.inference_mode(), in_place([buffer], [value]):
+        assert buffer.tolist() == [5.0, 6.0]
+    with in_place([buffer], [value]):
+        buffer.add_(1)
+    assert (buffer.tolist(), value.tolist()) == ([1.0, 2.0], [6.0, 7.0])
+
+
+AT = Position("blocks.1.hook_resid_pre", "blocks.1.hook_resid_pre")
+
+
+def step(averaged: AveragedSAEs, sae: SAE, seed: int) -> None:
+    """Moves the weights as a step of training does."""
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(seed))
+    acts = own_pass(sae, x)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.mul_(1.3)
+    sae.after_step(acts)
+    averaged.update(Pass(TokenBatch.of(torch.zeros(2, 5).long()), sae_acts={AT.name: acts}))
+
+
+def test_the_threshold_of_averaged_weights_follows_their_latents_and_the_own_one_its_own() -> None:
+    sae, twin = (BatchTopKSAE(6, 20, BatchTopKConfig(k=3), torch.Generator().manual_seed(0)) for _ in range(2))
+    averaged = AveragedSAEs({AT: sae}, GuardedOptimizer(sae.parameters()), 0.5)
+    expected: list[float] = []
+    for seed in range(4):
+        step(averaged, sae, seed)
+        x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(seed))
+        twin.after_step(own_pass(twin, x))
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(1.3)
+        with averaged.in_place():
+            latents = sae.encode(x)
+            expected.append(latents[latents > 0].min().item())
+            assert sae.threshold.value.item() == pytest.approx(sum(expected) / len(expected))
+            assert sae.threshold.n_batches == seed + 1
+        assert torch.equal(sae.threshold.value, twin.threshold.value)
+        assert torch.equal(sae.W_enc, twin.W_enc)
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_where_nothing_follows_or_nothing_is_averaged_buffers_are_the_own_ones(decay: float | None) -> None:
+    topk = BatchTopKSAE(6, 20, BatchTopKConfig(k=3), torch.Generator().manual_seed(0))
+    sae = topk if decay is None else JumpReluSAE(6, 20, JumpReluConfig(), torch.Generator().manual_seed(0))
+    averaged = AveragedSAEs({AT: sae}, GuardedOptimizer(sae.parameters()), decay)
+    step(averaged, sae, 0)
+    own = [buffer.clone() for buffer in sae.buffers()]
+    with averaged.in_place():
+        assert all(torch.equal(a, b) for a, b in zip(own, sae.buffers(), strict=True))
+    assert topk.threshold.n_batches == (decay is None)

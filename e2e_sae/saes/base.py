@@ -86,6 +86,21 @@ class SAEConfig(BaseConfig):
     """For transcoders: whether x W_skip, which starts at 0, is added to the reconstruction (Paulo et al. 2025, arXiv
     2501.18823, section 3): the latents are left what is not linear in x."""
 
+    @property
+    def trained(self) -> "SAEConfig":
+        """The options with which an SAE that has been trained trains on."""
+        return self
+
+    def check_length(self, n_samples: int) -> None:
+        """Checks that what changes along the training fits into a run.
+
+        Args:
+            n_samples: the run's length, in sequences.
+
+        Raises:
+            UserError: it does not.
+        """
+
     @model_validator(mode="after")
     def _check_zeros(self) -> "SAEConfig":
         if self.decoder_init == "zeros" and (self.decoder_norm != "free" or self.encoder_init == "transposed"):
@@ -138,6 +153,8 @@ class SAE(nn.Module, ABC):
             )
         self.scales = Scales()
         self.make_parameters(d_in, d_sae, d_out, generator)
+        for name, start in self.latent_parameters().items():
+            self.register_parameter(name, nn.Parameter(start.detach().clone()))
         self.register_state_dict_post_hook(_to_legacy_names)
         self.register_load_state_dict_pre_hook(_from_legacy_names)
 
@@ -166,6 +183,13 @@ class SAE(nn.Module, ABC):
             if self.config.encoder_init == "transposed":
                 self.W_enc.copy_(F.normalize(self.W_dec, dim=1, eps=MIN_NORM).T)
                 self.b_enc.zero_()
+
+    def latent_parameters(self) -> dict[str, Float[Tensor, " d_sae"]]:
+        """Returns the start of every parameter of its own that has one number for each latent, by name.
+
+        They are made with the SAE, and a latent that is given new directions (`revival.resample_`) gets them anew.
+        """
+        return {}
 
     @classmethod
     def between(
@@ -222,6 +246,16 @@ class SAE(nn.Module, ABC):
         """
         if self.config.decoder_norm == "projected":
             self.W_dec.copy_(F.normalize(self.W_dec, dim=1, eps=MIN_NORM))
+        self.follow(acts.latents)
+
+    @torch.no_grad()
+    def follow(self, latents: Float[Tensor, "*tokens d_sae"]) -> None:
+        """Updates buffers that tell what latents are like in training, such as a threshold for use. With averaged
+        weights it is called for their latents too, on buffers of their own (`weight_average.py`).
+
+        Args:
+            latents: of the step's last batch.
+        """
 
     def pre_activations(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_sae"]:
         """Returns (x - b_pre) W_enc + b_enc."""

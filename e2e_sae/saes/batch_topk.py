@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from e2e_sae.acts import SAEPass
 from e2e_sae.saes.base import selection
 from e2e_sae.saes.topk import KSparseSAE, TopKConfig, top_k
 
@@ -59,11 +58,9 @@ class BatchTopKSAE(KSparseSAE):
         """Returns max(0, pre_acts) at the batch's largest; outside training, at what is above the threshold."""
         return batch_top_k(pre_acts, self.k) if self.training else self.threshold(pre_acts)
 
-    @torch.no_grad()
-    def after_step(self, acts: SAEPass) -> None:
-        """Updates the threshold from the batch's latents."""
-        super().after_step(acts)
-        self.threshold.update(acts.latents)
+    def follow(self, latents: Float[Tensor, "*tokens d_sae"]) -> None:
+        """Updates the threshold."""
+        self.threshold.update(latents)
 
 
 class RunningThreshold(nn.Module):

@@ -42,16 +42,17 @@ class GatedSAE(SAE):
         b_mag: [d_sae]; the bias of the magnitudes. (That of the gates is b_enc.)
     """
 
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
+
     Config = GatedConfig
     config: GatedConfig
     needs_penalty = True
     doubles_with_latents = {"r_mag": False, "b_mag": True}
 
-    def make_parameters(self, d_in: int, d_sae: int, d_out: int, generator: torch.Generator | None) -> None:
-        """Makes every SAE's parameters, and those of the magnitudes."""
-        super().make_parameters(d_in, d_sae, d_out, generator)
-        self.r_mag = nn.Parameter(torch.zeros(d_sae))
-        self.b_mag = nn.Parameter(self.b_enc.detach().clone())
+    def latent_parameters(self) -> dict[str, Float[Tensor, " d_sae"]]:
+        """Returns `r_mag` and `b_mag`, which make a ReLU of what the gates are at the start."""
+        return {"r_mag": torch.zeros_like(self.b_enc), "b_mag": self.b_enc}
 
     def activate(self, pre_acts: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, "*tokens d_sae"]:
         """Returns the magnitudes where the gate is open, 0 elsewhere."""

@@ -58,15 +58,16 @@ class JumpReluSAE(SAE):
         threshold: [d_sae]; never below 0, where a latent is a ReLU.
     """
 
+    threshold: nn.Parameter
+
     Config = JumpReluConfig
     config: JumpReluConfig
     needs_penalty = True
     doubles_with_latents = {"threshold": True}
 
-    def make_parameters(self, d_in: int, d_sae: int, d_out: int, generator: torch.Generator | None) -> None:
-        """Makes every SAE's parameters, and the thresholds."""
-        super().make_parameters(d_in, d_sae, d_out, generator)
-        self.threshold = nn.Parameter(torch.full((d_sae,), self.config.initial_threshold))
+    def latent_parameters(self) -> dict[str, Float[Tensor, " d_sae"]]:
+        """Returns `threshold`, which starts at `initial_threshold`."""
+        return {"threshold": torch.full_like(self.b_enc, self.config.initial_threshold)}
 
     def activate(self, pre_acts: Float[Tensor, "*tokens d_sae"]) -> Float[Tensor, "*tokens d_sae"]:
         """Returns pre_acts where above their threshold, 0 elsewhere."""

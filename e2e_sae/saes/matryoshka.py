@@ -112,12 +112,10 @@ class MatryoshkaSAE(KSparseSAE):
         """Returns `prefixes`: the mean loss of the dictionaries smaller than the whole, times `prefix_coeff`."""
         return {"prefixes": self.config.prefix_coeff * mean_square_error(acts.target, self._prefix_recons(acts))}
 
-    @torch.no_grad()
-    def after_step(self, acts: SAEPass) -> None:
+    def follow(self, latents: Float[Tensor, "*tokens d_sae"]) -> None:
         """Updates the threshold, if there is one."""
-        super().after_step(acts)
         if self.threshold is not None:
-            self.threshold.update(acts.latents)
+            self.threshold.update(latents)
 
     def _prefix_recons(self, acts: SAEPass) -> Iterator[Float[Tensor, "*tokens d_out"]]:
         """Yields recon_m for every end m but the last; each latent is multiplied once."""

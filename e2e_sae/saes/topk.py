@@ -32,6 +32,23 @@ class KSparseConfig(SAEConfig):
         """The k that training ends with; None: these options set none."""
         return None
 
+    @property
+    def trained(self) -> "KSparseConfig":
+        """The same without annealing: k is what it has fallen to."""
+        return self.model_copy(update={"k_anneal_samples": 0, "k_start": None})
+
+    def check_length(self, n_samples: int) -> None:
+        """Checks that k comes to its end before the run does.
+
+        Raises:
+            UserError: it does not.
+        """
+        if self.k_anneal_samples > n_samples:
+            raise UserError(
+                f"saes.sae.k_anneal_samples={self.k_anneal_samples} is longer than the run of {n_samples} samples: k "
+                f"would not come down to {self.final_k}; make it shorter"
+            )
+
     @model_validator(mode="after")
     def _check_annealing(self) -> "KSparseConfig":
         if self.k_start is not None and not self.k_anneal_samples:

@@ -20,9 +20,9 @@ from tests.tiny_runs import E2E, E2E_DS, LOCAL, N_CTX, assert_same, lines_of, ru
 OPTIONS: dict[str, dict[str, Any]] = {
     "relu": {"subtract_b_dec": True, "decoder_norm": "free", "encoder_init": "transposed"},
     "topk": {"k": 4, "decoder_norm": "projected"},
-    "batch_topk": {"k": 4, "k_start": 9, "k_anneal_samples": 12},
-    "matryoshka": {"k": 4, "k_anneal_samples": 12},
-    "hierarchical_topk": {"ks": [2, 4, 8], "k": 4, "k_start": 12, "k_anneal_samples": 12, "subtract_b_dec": True},
+    "batch_topk": {"k": 4, "k_start": 9, "k_anneal_samples": 10},
+    "matryoshka": {"k": 4, "k_anneal_samples": 10},
+    "hierarchical_topk": {"ks": [2, 4, 8], "k": 4, "k_start": 12, "k_anneal_samples": 10, "subtract_b_dec": True},
     "jumprelu": {"initial_threshold": 0.05, "bandwidth": 0.5, "pre_act_coeff": 0.01},
     "gated": {"subtract_b_dec": True, "decoder_norm": "free"},
     "codebook": {"k": 3},
