@@ -137,8 +137,8 @@ def write_sweeps(model: Model, folder: Path, grid: Grid) -> list[Path]:
     for recipe in grid.recipes or known:
         for n_tokens in grid.tokens:
             stem = "_".join([recipe.replace(" ", "_"), *([str(n_tokens)] if len(grid.tokens) > 1 else [])])
-            base = {**COMMON, **_length(model, n_tokens), **model.settings, **known[recipe]}
-            base["loss"] = {"sparsity": {"coeff": 0.0}, **base["loss"]}
+            loss = {"sparsity": {"coeff": 0.0}, **known[recipe]["loss"]}
+            base = {**COMMON, **_length(model, n_tokens), **model.settings, **known[recipe], "loss": loss}
             base_file = folder / f"{stem}.yaml"
             write_text(base_file, yaml.safe_dump(base, sort_keys=False))
             for kind, parameters in _parameters(model, recipe, grid).items():

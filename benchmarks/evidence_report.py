@@ -52,9 +52,9 @@ def evidence_table(sources: Sequence[Path]) -> Any:
 
 
 def of_grid(table: Any) -> Any:
-    """Returns the runs of the grid: of the first seed, and of the length that most runs have."""
-    length = table["n_tokens"].mode().iloc[0]
-    return table[(table["seed"] == table["seed"].min()) & (table["n_tokens"] == length)]
+    """Returns the runs of the grid: those of the first seed, each once."""
+    first = table[table["seed"] == table["seed"].min()]
+    return first.drop_duplicates(["recipe", "architecture", "l0_wanted"])
 
 
 def draw_grid(table: Any) -> Any:
@@ -122,11 +122,17 @@ def _spread(values: Any, digits: int) -> str:
 
 
 def of_lengths(table: Any) -> Any:
-    """Returns the runs that were trained alone, of recipes of which there are several lengths, with `name`."""
-    alone = table[table["members"] == 1]
-    alone = alone.assign(name=alone["architecture"] + ", " + alone["recipe"])
-    several = alone.groupby("name")["n_tokens"].transform("nunique") > 1
-    return alone[several].sort_values(["name", "n_tokens"], ignore_index=True)
+    """Returns the runs of the first seed, of recipes of which there are several lengths at one L0, with `name`, and
+    with `seconds` where a run of their recipe was trained alone: a token costs what it cost there."""
+    named = table.assign(
+        name=table["architecture"] + ", " + table["recipe"], per_token=table["seconds"] / table["n_tokens"]
+    )
+    costs = named[named["members"] == 1].groupby("name")["per_token"].median()
+    runs = named[named["seed"] == named["seed"].min()].sort_values("members", kind="stable", na_position="first")
+    runs = runs.drop_duplicates(["name", "l0_wanted", "n_tokens"])
+    several = runs.groupby(["name", "l0_wanted"])["n_tokens"].transform("nunique") > 1
+    runs = runs.assign(seconds=runs["n_tokens"] * runs["name"].map(costs))
+    return runs[several].sort_values(["name", "n_tokens"], ignore_index=True)
 
 
 def draw_lengths(table: Any) -> Any:
@@ -160,8 +166,8 @@ def lengths_text(table: Any) -> Any:
             )
             for what, x in (("tokens", "n_tokens"), ("seconds", "seconds"))
         }
-        per_mtoken = 1e6 * float((runs["seconds"] / runs["n_tokens"]).median())
-        rows.append({"": name, "s per million tokens": f"{per_mtoken:.0f}", **at, **needs})
+        per_mtoken = 1e6 * float((runs["seconds"] / runs["n_tokens"]).iloc[0])
+        rows.append({"": name, "s per million tokens": per_mtoken, **at, **needs})
     return pd.DataFrame(rows)
 
 
@@ -201,11 +207,10 @@ def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
     table = evidence_table(sources)
     out.mkdir(parents=True, exist_ok=True)
     files = [write_table(table, out / "evidence.csv")]
-    lengths = of_lengths(table)
-    members = table[table["members"] != 1]  # what was trained alone is for the lengths
+    lengths, usual = of_lengths(table), table[table["n_tokens"] == table["n_tokens"].mode().iloc[0]]
     parts: Mapping[str, tuple[Any, Callable[[Any], Any] | None, Callable[[Any], Any]]] = {
-        "grid": (of_grid(members), draw_grid, grid_text),
-        "seeds": (members, None, seeds_text),
+        "grid": (of_grid(usual), draw_grid, grid_text),
+        "seeds": (usual, None, seeds_text),
         "lengths": (lengths, draw_lengths, lengths_text),
     }
     for name, (rows, draw, text) in parts.items():
@@ -213,7 +218,7 @@ def write_report(sources: Sequence[Path], out: Path) -> list[Path]:
         if shown is None:
             continue
         files.append(out / f"{name}.md")
-        write_text(files[-1], as_markdown(shown, {}))
+        write_text(files[-1], as_markdown(shown, {"s per million tokens": 0}))
         if draw is not None:
             files += save_figure(draw, rows, out / name)
     return files
