@@ -24,6 +24,8 @@ KEY = "0123456789" * 4
 """The one key that is accepted."""
 ENTITY = "somebody"
 """Whose key it is."""
+READS = ("Run", "RunFiles", "RunRecord", "ProjectRuns", "RunSampledHistory")
+"""Operations that anybody may ask of a public project."""
 
 
 @dataclass
@@ -195,6 +197,25 @@ class WandbServer:
         run = self.runs.get(f"{v['entity']}/{v['project']}/{v['name']}")
         return {"project": {"run": run and {"projectId": 1, **_node(run)}}}
 
+    def _RunRecord(self, v: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(f"{v['entity']}/{v['project']}/{v['name']}")
+        return {"project": {"run": run and _node(run)}}
+
+    def _ProjectRuns(self, v: dict[str, Any]) -> dict[str, Any]:
+        runs = [run for run in self.runs.values() if (run.entity, run.project) == (v["entity"], v["project"])]
+        if not runs:
+            return {"project": None}
+        begin = int(v.get("cursor") or 0)
+        end = begin + int(v.get("perPage") or 20)
+        page = {"endCursor": str(end), "hasNextPage": end < len(runs)}
+        return {"project": {"runs": {"edges": [{"node": _node(run)} for run in runs[begin:end]], "pageInfo": page}}}
+
+    def _RunSampledHistory(self, v: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs[f"{v['entity']}/{v['project']}/{v['name']}"]
+        keys = json.loads(v["specs"][0])["keys"]
+        lines = [{key: line[key] for key in keys} for line in run.history if all(key in line for key in keys)]
+        return {"project": {"run": {"sampledHistory": [lines]}}}
+
     def _RunFiles(self, v: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(f"{v['entity']}/{v['project']}/{v['name']}")
         if run is None:
@@ -360,9 +381,9 @@ def _handler_for(server: WandbServer) -> type[BaseHTTPRequestHandler]:
             match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
             operation = match[1] if match else "?"
             variables = cast(dict[str, Any], request.get("variables") or {})
-            if self._key() is None and operation not in ("Run", "RunFiles"):
+            if self._key() is None and operation not in READS:
                 data: dict[str, Any] | None = {"viewer": None}
-            elif operation in ("Run", "RunFiles") and not server.may_read(
+            elif operation in READS and not server.may_read(
                 self._key(), f"{variables['entity']}/{variables['project']}"
             ):
                 data = {"project": None}

@@ -1,10 +1,11 @@
-"""The files of a W&B run: listed and downloaded, with a key through `wandb.Api`, without one where the run is public.
+"""W&B runs: what they logged last, and their files, with a key, or without one where they are public.
 
 (`wandb.Api` demands a key even for what anybody may see; the server itself answers the same query without one.)
 """
 
 import base64
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +31,32 @@ query RunFiles($project: String!, $entity: String!, $name: String!, $fileCursor:
   }
 }
 """
+# Fields as `wandb.Api` asks for them (wandb 0.31, apis/public/runs.py).
+RUN_QUERY = """
+query RunRecord($project: String!, $entity: String!, $name: String!) {
+  project(name: $project, entityName: $entity) {
+    run(name: $name) { name displayName state config summaryMetrics }
+  }
+}
+"""
+RUNS_QUERY = """
+query ProjectRuns($project: String!, $entity: String!, $cursor: String, $perPage: Int = 20) {
+  project(name: $project, entityName: $entity) {
+    runs(after: $cursor, first: $perPage, order: "+created_at") {
+      edges { node { name displayName state config summaryMetrics } }
+      pageInfo { endCursor hasNextPage }
+    }
+  }
+}
+"""
+"""In small pages: a summary of the paper's library holds lists of all alive latents."""
+HISTORY_QUERY = """
+query RunSampledHistory($project: String!, $entity: String!, $name: String!, $specs: [JSONString!]!) {
+  project(name: $project, entityName: $entity) {
+    run(name: $name) { sampledHistory(specs: $specs) }
+  }
+}
+"""
 AnswerT = TypeVar("AnswerT")
 
 
@@ -45,6 +72,21 @@ class WandbPath(NamedTuple):
 
     def __str__(self) -> str:
         return "/".join(self)
+
+
+class RemoteRun(NamedTuple):
+    """One run, as it was left."""
+
+    path: WandbPath
+    """Which."""
+    name: str
+    """What people see."""
+    state: str
+    """`finished`, `running`, `crashed`, `failed`, `killed`."""
+    config: dict[str, Any]
+    """Settings, as they were written."""
+    summary: dict[str, Any]
+    """The last value of every key that was logged."""
 
 
 class RemoteFile(NamedTuple):
@@ -103,6 +145,43 @@ class WandbServer:
         if not entity:
             raise UserError("whose run? expected 'entity/project/run_id' (or WANDB_ENTITY, or a W&B key, in .env)")
         return str(entity)
+
+    def run(self, path: WandbPath) -> RemoteRun:
+        """Returns a run.
+
+        Raises:
+            MissingFileError: there is no such run, or it may not be seen.
+        """
+        variables = {"entity": path.entity, "project": path.project, "name": path.id}
+        node = (self._query(RUN_QUERY, variables).get("project") or {}).get("run")
+        if not node:
+            raise MissingFileError(f"W&B has no {self._seen} run '{path}'{self._advice}")
+        return _remote_run(path.entity, path.project, node)
+
+    def runs(self, entity: str, project: str) -> Iterator[RemoteRun]:
+        """Yields the runs of a project, the oldest first.
+
+        Raises:
+            MissingFileError: there is no such project, or it may not be seen.
+        """
+        cursor: str | None = None
+        while True:
+            answer = self._query(RUNS_QUERY, {"entity": entity, "project": project, "cursor": cursor}).get("project")
+            if not answer:
+                raise MissingFileError(f"W&B has no {self._seen} project '{entity}/{project}'{self._advice}")
+            for edge in answer["runs"]["edges"]:
+                yield _remote_run(entity, project, edge["node"])
+            if not answer["runs"]["pageInfo"]["hasNextPage"]:
+                return
+            cursor = answer["runs"]["pageInfo"]["endCursor"]
+
+    def history(self, path: WandbPath, key: str, n_points: int) -> list[tuple[float, float]]:
+        """Returns (step, value) of a logged key, at most so many of them, evenly sampled; none if it was not logged."""
+        specs = [json.dumps({"keys": ["_step", key], "samples": n_points})]
+        variables = {"entity": path.entity, "project": path.project, "name": path.id, "specs": specs}
+        run = (self._query(HISTORY_QUERY, variables).get("project") or {}).get("run") or {}
+        points = (run.get("sampledHistory") or [[]])[0]
+        return [(float(p["_step"]), float(p[key])) for p in points if isinstance(p.get(key), int | float)]
 
     def files(self, path: WandbPath) -> list[RemoteFile]:
         """Returns the files of a run.
@@ -168,11 +247,10 @@ class WandbServer:
     def _public_files(self, path: WandbPath) -> Iterator[RemoteFile]:
         cursor: str | None = None
         while True:
-            run = (self._query(path, cursor).get("project") or {}).get("run")
+            variables = {"project": path.project, "entity": path.entity, "name": path.id, "fileCursor": cursor}
+            run = (self._query(FILES_QUERY, variables).get("project") or {}).get("run")
             if not run:
-                raise MissingFileError(
-                    f"W&B has no public run '{path}': a private one needs WANDB_API_KEY in .env, or `wandb login`"
-                )
+                raise MissingFileError(f"W&B has no {self._seen} run '{path}'{self._advice}")
             for edge in run["files"]["edges"]:
                 node = edge["node"]
                 yield RemoteFile(str(node["name"]), str(node["url"]), int(node["sizeBytes"]), node.get("md5"))
@@ -180,22 +258,52 @@ class WandbServer:
                 return
             cursor = run["files"]["pageInfo"]["endCursor"]
 
-    def _query(self, path: WandbPath, cursor: str | None) -> Mapping[str, Any]:
-        variables = {"entity": path.entity, "project": path.project, "name": path.id, "fileCursor": cursor}
-        body = {"query": FILES_QUERY, "variables": variables}
+    @property
+    def _seen(self) -> str:
+        return "public" if self._api is None else "visible"
+
+    @property
+    def _advice(self) -> str:
+        return ": a private one needs WANDB_API_KEY in .env, or `wandb login`" if self._api is None else ""
+
+    def _query(self, query: str, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the data of an answer, what is not there missing or null.
+
+        Raises:
+            UserError: the key was refused.
+            ServerAway: there is no such answer.
+        """
+        auth = ("api", str(self._api.api_key)) if self._api is not None else None
+        body = {"query": query, "variables": variables}
+        response = self._send("POST", f"{self._base_url}/graphql", json=body, auth=auth)
+        if response.status_code in (401, 403):
+            raise UserError(f"W&B refused the key ({response.status_code} {response.reason})")
         try:
-            answer = self._send("POST", f"{self._base_url}/graphql", json=body).json()
+            answer = response.json()
         except ValueError:
             raise ServerAway(f"{self._base_url} does not answer as W&B does") from None
         return (isinstance(answer, dict) and answer.get("data")) or {}
 
-    def _send(self, method: str, url: str, json: Any = None) -> requests.Response:
+    def _send(self, method: str, url: str, json: Any = None, auth: tuple[str, str] | None = None) -> requests.Response:
         try:
-            return requests.request(method, url, json=json, timeout=TIMEOUT_S)
+            return requests.request(method, url, json=json, auth=auth, timeout=TIMEOUT_S)
         except requests.Timeout:
             raise ServerAway(f"no answer from {self._base_url} within {TIMEOUT_S} s") from None
         except requests.RequestException:
             raise ServerAway(f"no connection to {self._base_url}") from None
+
+
+def _remote_run(entity: str, project: str, node: Mapping[str, Any]) -> RemoteRun:
+    config = {key: item["value"] for key, item in _mapping(node["config"]).items() if key != "_wandb"}
+    path = WandbPath(entity, project, str(node["name"]))
+    name = str(node["displayName"] or node["name"])
+    return RemoteRun(path, name, str(node["state"]), config, _mapping(node["summaryMetrics"]))
+
+
+def _mapping(text: str | None) -> dict[str, Any]:
+    """Returns the mapping that W&B sends as JSON text; Python's NaN and Infinity are allowed in it."""
+    values = json.loads(text) if text else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _first_line(error: BaseException) -> str:
