@@ -128,6 +128,10 @@ def test_every_shipped_yaml_is_valid(path: Path, tmp_path: Path) -> None:
 
         kinds = {"mnist": MLPConfig, "mnist_saes": MLPSAEsConfig, "max_act_data_mnist": MaxActConfig}
         kinds[path.stem].from_file(path)
+    elif path.name == "paper_runs.yaml":
+        from e2e_sae.analysis.paper import PaperRuns
+
+        PaperRuns.from_file(path)
     else:
         from e2e_sae.lm_training.config import LMConfig
 

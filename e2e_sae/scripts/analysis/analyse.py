@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from e2e_sae.errors import UserError
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="*", metavar="RUNS", help="run folders, sweep folders, W&B runs (entity/project/id) or projects"
     )
+    parser.add_argument("--paper", action="store_true", help="instead of RUNS: the paper's own, from W&B")
     parser.add_argument("--out", type=Path, default=Path("analysis"), metavar="DIR", help="default: ./analysis")
     parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these runs")
     parser.add_argument("--n-samples", type=int, default=100, metavar="N", help="rows for activations (default 100)")
@@ -35,13 +37,17 @@ def run(args: argparse.Namespace) -> None:
     for name in ("n_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    if not args.runs:
+    if not args.runs and not args.paper:
         raise UserError("nothing to analyse: name run folders, a sweep folder, W&B runs or a W&B project")
+    if args.runs and args.paper:
+        raise UserError(f"--paper stands for the paper's runs: leave out {' '.join(args.runs)}")
+    from e2e_sae.analysis.paper import FILE, PaperRuns, papers_table, published_colours
     from e2e_sae.analysis.produce import produce
     from e2e_sae.analysis.runs import only_where, runs_table
     from e2e_sae.analysis.study import Study
 
-    table = only_where(runs_table(args.runs), args.where)
+    paper = PaperRuns.from_file(FILE) if args.paper else None
+    table = only_where(runs_table(args.runs) if paper is None else papers_table(paper), args.where)
     study = Study(
         table,
         args.out / "cache",
@@ -51,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         overrides=args.overrides,
     )
-    produce(study, analyses, args.out)
+    with published_colours(paper) if paper is not None else nullcontext():
+        produce(study, analyses, args.out)
 
 
 def main(name: str) -> None:
