@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from e2e_sae.config import Config
 from e2e_sae.errors import MissingFileError, UserError
 from e2e_sae.new_config import ModelShape, local_shape, write_new_config
 from e2e_sae.scripts.cli import main
+from tests.tiny_runs import N_CTX, lines_of, write_rows
 
 
 def _folder(path: Path, config: dict[str, Any]) -> Path:
@@ -20,8 +22,8 @@ def _folder(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def _config(source: str | Path) -> Config:
-    return Config.from_dict(yaml.safe_load(write_new_config(str(source))))
+def _config(source: str | Path, *, papers: bool = False) -> Config:
+    return Config.from_dict(yaml.safe_load(write_new_config(str(source), papers=papers)))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def _config(source: str | Path) -> Config:
 def test_a_named_model_gets_its_middle_layer_and_the_papers_data(
     name: str, position: str, last_downstream: str, n_ctx: int
 ) -> None:
-    config = _config(name)
+    config = _config(name, papers=True)
     assert config.tlens_model_name == name
     assert config.saes.sae_positions == [position]
     assert config.loss.in_to_orig is not None
@@ -47,7 +49,9 @@ def test_a_named_model_gets_its_middle_layer_and_the_papers_data(
 
 
 def test_gpt2_gets_the_settings_of_the_paper() -> None:
-    config = _config("gpt2-small")
+    config = _config("gpt2-small", papers=True)
+    assert config.saes.sae.architecture == "relu"
+    assert config.phases is None
     assert config.loss.in_to_orig is not None
     assert config.loss.logits_kl is not None
     assert config.loss.in_to_orig.hook_positions == [f"blocks.{i}.hook_resid_pre" for i in range(7, 12)]
@@ -97,7 +101,7 @@ def test_a_very_long_context_is_cut_to_what_fits_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_layers", [1, 2])
 def test_a_shallow_model_still_has_something_downstream(tmp_path: Path, n_layers: int) -> None:
-    config = _config(_folder(tmp_path / "lm", {"n_layer": n_layers, "n_positions": 32}))
+    config = _config(_folder(tmp_path / "lm", {"n_layer": n_layers, "n_positions": 32}), papers=True)
     assert config.loss.in_to_orig is not None
     assert len(config.loss.in_to_orig.hook_positions) == 1
     assert config.loss.in_to_orig.hook_positions != config.saes.sae_positions
@@ -111,8 +115,34 @@ def test_a_legacy_pt_is_described_by_the_yaml_beside_it(tmp_path: Path) -> None:
     assert config.tlens_model_path == tmp_path / "epoch_3.pt"
 
 
-def test_every_setting_is_explained() -> None:
-    text = write_new_config("gpt2")
+def test_the_default_is_the_recommended_recipe() -> None:
+    config = _config("gpt2-small")
+    assert config.saes.sae.to_dict().items() >= {"architecture": "batch_topk", "k": 32}.items()
+    assert config.loss.to_dict().items() >= {"logits_kl": None, "in_to_orig": None, "kl_balance": None}.items()
+    assert config.final_loss.logits_kl is not None
+    assert config.final_loss.out_to_in is not None
+    assert (config.final_loss.kl_balance, config.phases and config.phases[0].until) == ("mse", 0.75)
+    papers = _config("gpt2-small", papers=True)
+    of_saes = {"saes", "loss", "phases"}
+    assert {key for key, value in config.to_dict().items() if papers.to_dict()[key] != value} <= of_saes
+
+
+def test_the_default_config_trains(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    out, rows = tmp_path / "run.yaml", write_rows(tmp_path / "rows.parquet", 24)
+    assert main(["new-config", str(tiny_folder("gpt2")), "-o", str(out)]) == 0
+    changes = [
+        "saes.sae.k=4", "n_samples=16", "warmup_samples=2", "batch_size=4", "effective_batch_size=4",
+        f"train_data.dataset_name={rows}", "train_data.is_tokenized=true", f"train_data.n_ctx={N_CTX}",
+        "eval_data=null", "train_data.holdout_fraction=0.2", f"save_dir={tmp_path}",
+    ]  # fmt: skip
+    assert main(["train", str(out), *(part for change in changes for part in ("--set", change))]) == 0
+    (log,) = tmp_path.rglob("metrics.jsonl")
+    assert [line["phase"] for line in lines_of(log.parent)][-1] == 2
+
+
+@pytest.mark.parametrize("papers", [False, True])
+def test_every_setting_is_explained(papers: bool) -> None:
+    text = write_new_config("gpt2", papers=papers)
     sections = [line for line in text.splitlines() if line.startswith("# ---")]
     assert len(sections) == 6
     assert len(re.findall("#", text)) >= 20
@@ -125,7 +155,12 @@ def test_the_command_prints_or_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     out = tmp_path / "run.yaml"
     assert main(["new-config", "gpt2", "-o", str(out)]) == 0
     assert out.read_text() == printed == write_new_config("gpt2")
-    assert capsys.readouterr().out == f"wrote {out}; next: e2e-sae train {out}\n"
+    assert main(["new-config", "gpt2", "--paper", "-o", str(tmp_path / "paper.yaml")]) == 0
+    assert (tmp_path / "paper.yaml").read_text() == write_new_config("gpt2", papers=True) != printed
+    capsys.readouterr()
+    assert main(["new-config", "gpt2", "-o", str(out.with_name("again.yaml"))]) == 0
+    again = out.with_name("again.yaml")
+    assert capsys.readouterr().out == f"wrote {again}; next: e2e-sae train {again}\n"
 
 
 def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
