@@ -39,7 +39,7 @@ SETTINGS = ["model_name", "recipe", "architecture", "l0_wanted", "seed", "n_toke
 
 
 def evidence_table(sources: Sequence[Path]) -> Any:
-    """Returns the pandas table of the finished runs: `SETTINGS`, `MEASURES`, `source`."""
+    """Returns the pandas table of the finished runs: `SETTINGS`, `MEASURES`."""
     table = runs_table([str(source) for source in sources])
     layers = sorted(int(c.rpartition("-")[2]) for c in table if c.startswith("quality_explained_var_layer-"))
     last = [f"quality_explained_var_layer-{i}" for i in layers]
@@ -48,7 +48,7 @@ def evidence_table(sources: Sequence[Path]) -> Any:
         l0_wanted=table["k"].fillna(table["target_l0"]),
         last_explained_var=table[last].ffill(axis=1).iloc[:, -1],
     )
-    return table[[*SETTINGS, *MEASURES, "source"]].sort_values([*SETTINGS], ignore_index=True)
+    return table[[*SETTINGS, *MEASURES]].sort_values([*SETTINGS], ignore_index=True)
 
 
 def of_grid(table: Any) -> Any:
@@ -122,8 +122,9 @@ def _spread(values: Any, digits: int) -> str:
 
 
 def of_lengths(table: Any) -> Any:
-    """Returns the runs of the first seed, of recipes of which there are several lengths at one L0, with `name`, and
-    with `seconds` where a run of their recipe was trained alone: a token costs what it cost there."""
+    """Returns the runs of the first seed, of recipes of which there are several lengths at one L0, with `name`; with
+    `seconds` where a run of their recipe was trained alone: a token costs what it cost there; and with `on_target`:
+    whether they reached the L0 asked for."""
     named = table.assign(
         name=table["architecture"] + ", " + table["recipe"], per_token=table["seconds"] / table["n_tokens"]
     )
@@ -131,19 +132,28 @@ def of_lengths(table: Any) -> Any:
     runs = named[named["seed"] == named["seed"].min()].sort_values("members", kind="stable", na_position="first")
     runs = runs.drop_duplicates(["name", "l0_wanted", "n_tokens"])
     several = runs.groupby(["name", "l0_wanted"])["n_tokens"].transform("nunique") > 1
-    runs = runs.assign(seconds=runs["n_tokens"] * runs["name"].map(costs))
+    missed = (runs["L0"] / runs["l0_wanted"] - 1).abs() > TOLERANCE
+    runs = runs.assign(seconds=runs["n_tokens"] * runs["name"].map(costs), on_target=~missed)
     return runs[several].sort_values(["name", "n_tokens"], ignore_index=True)
 
 
 def draw_lengths(table: Any) -> Any:
-    """Draws the CE increase against tokens and against seconds of training, a line for each recipe."""
+    """Draws the CE increase against tokens and against seconds of training, a line for each recipe, of the runs that
+    reached the L0 asked for."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    table = table[table["on_target"]].assign(thousands=table["n_tokens"] / 1e3)
     figure, axes = grid(2, 2, 5.0, 4.0, sharey=True)
     for name, look in looks_of_names(list(dict.fromkeys(table["name"]))).items():
         own = table[table["name"] == name]
-        for ax, x in zip(axes, ("n_tokens", "seconds"), strict=True):
+        for ax, x in zip(axes, ("thousands", "seconds"), strict=True):
             ax.plot(own[x], own["CE_increase"], label=name, markersize=4, **look)
-    for ax, label in zip(axes, ("training tokens", "seconds of training"), strict=True):
+    for ax, label in zip(axes, ("training tokens (thousands)", "seconds of training"), strict=True):
         ax.set(xlabel=label, xscale="log", yscale="log")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(LABELS["CE_increase"])
     legend_below(figure, axes)
     return figure
@@ -151,18 +161,17 @@ def draw_lengths(table: Any) -> Any:
 
 def lengths_text(table: Any) -> Any:
     """Returns a row for each recipe: what a token costs, the CE increase at each length, and what share of the longest
-    `REFERENCE` run's tokens and seconds it needs for the same CE increase (`reach`)."""
+    `REFERENCE` run's tokens and seconds it needs for the same CE increase (`reach`, over the runs on target)."""
     import pandas as pd
 
     reference = table[table["name"] == REFERENCE].sort_values("n_tokens").iloc[-1]
     rows: list[dict[str, Any]] = []
     for name, runs in table.groupby("name"):
-        at = {
-            f"{tokens / 1e3:,.0f}k tokens": ce for tokens, ce in zip(runs["n_tokens"], runs["CE_increase"], strict=True)
-        }
+        on_target = runs[runs["on_target"]]
+        at = {f"{run.n_tokens / 1e3:,.0f}k tokens": _with_l0(run) for run in runs.itertuples()}
         needs = {
             f"{what} for {reference['CE_increase']:.3f}": _share(
-                reach(runs[x], runs["CE_increase"], reference["CE_increase"]), reference[x]
+                reach(on_target[x], on_target["CE_increase"], reference["CE_increase"]), reference[x]
             )
             for what, x in (("tokens", "n_tokens"), ("seconds", "seconds"))
         }
@@ -171,6 +180,12 @@ def lengths_text(table: Any) -> Any:
     return pd.DataFrame(rows)
 
 
+def _with_l0(run: Any) -> str:
+    return f"{run.CE_increase:.3f}" + ("" if run.on_target else f" (L0 {run.L0:.0f})")
+
+
+TOLERANCE = 0.1
+"""A run whose L0 is further from what was asked for has missed it, and is not compared."""
 REFERENCE = "relu, e2e+ds"
 """The paper's recommended recipe, whose cost the others' is told in."""
 
@@ -187,6 +202,8 @@ def reach(x: Any, ce: Any, wanted: float) -> float:
         The x; NaN if the curve ends above it; minus the first x if it is below from the first point on.
     """
     points = list(zip(map(float, x), map(float, ce), strict=True))
+    if not points:
+        return math.nan
     if points[0][1] <= wanted:
         return -points[0][0]
     for (x0, ce0), (x1, ce1) in itertools.pairwise(points):
