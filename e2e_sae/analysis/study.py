@@ -91,10 +91,14 @@ class Study:
             raise UserError(f"'{run.source}' has no {CONFIG_FILE} beside it: it says which data to look at")
         return Config.from_dict(apply_overrides(run.config, self._overrides), base_dir=run.source.parent)
 
+    def lm_config(self, run: StoredRun) -> LMConfig:
+        """Returns which language model a run belongs to, with the study's overrides."""
+        moved = any(override.startswith(("tlens_", "dtype")) for override in self._overrides)
+        return self.config(run).lm if moved else lm_config_of(run)
+
     def lm(self, run: StoredRun) -> nn.Module:
         """Returns a run's language model; the latest one is kept."""
-        moved = any(override.startswith(("tlens_", "dtype")) for override in self._overrides)
-        wanted = self.config(run).lm if moved else lm_config_of(run)
+        wanted = self.lm_config(run)
         if self._lm is None or self._lm[0] != wanted:
             self._lm = None  # two need not fit into memory
             self._lm = (wanted, load_lm(wanted, self.device))
@@ -161,5 +165,5 @@ class Study:
         for name, stored in self.stored(run_id).saes.items():
             for key, tensor in sorted(stored.tensors.items()):
                 digest.update(f"{name}/{key}/{list(tensor.shape)}".encode())
-                digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""Which latents of an SAE are alive: were active at least once over some tokens.
+
+As the run counted them (`firing.safetensors` of its checkpoint), else over the study's rows of its evaluation data, the
+SAE alone on clean activations. The paper's figures of directions (arXiv 2405.12241, section 3.3) are of alive ones.
+"""
+
+from functools import cache
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from e2e_sae.analysis.feature_data import collect_activity
+from e2e_sae.analysis.study import Study
+from e2e_sae.checkpoint.files import read_tensors
+from e2e_sae.checkpoint.records import StoredRun
+from e2e_sae.checkpoint.run_dir import read_checkpoint_info
+from e2e_sae.errors import UserError
+from e2e_sae.log import logger
+
+FIRING_FILE = "firing.safetensors"
+"""In a checkpoint: counts by position."""
+
+
+def alive(study: Study, run_id: str, position: str) -> Bool[Tensor, " d_sae"]:
+    """Returns which latents are alive; all of them, with a warning, where neither counts nor data are to be had.
+
+    Args:
+        study: the runs.
+        run_id: the run.
+        position: name of the SAE's position.
+    """
+    run = study.stored(run_id)
+    counts = _counted_by_run(run, position)
+    if counts is not None:
+        return counts > 0
+    try:
+        return counted_on_data(study, run_id, position) > 0
+    except UserError as reason:
+        d_sae = run.saes[position].info.d_sae
+        _warn_once(
+            f"'{run.source}': which latents are alive is not known, so all {d_sae} count as alive. It has no counts "
+            f"of firing, and counting failed: {str(reason).splitlines()[0]}"
+        )
+        return run.saes[position].tensors["W_dec"].new_ones(d_sae).bool()
+
+
+def counted_on_data(study: Study, run_id: str, position: str) -> Int[Tensor, " d_sae"]:
+    """Returns at how many tokens of the study's rows each latent is active; kept in the study's cache.
+
+    Raises:
+        UserError: the run names no evaluation data, or its language model is not to be had.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        saes = study.open(run_id).saes_at([position])
+        batches = study.batches(run_id, desc="alive latents")
+        found, _ = collect_activity(study.lm(study.stored(run_id)), saes, batches)
+        return {"counts": found[position].n_active}
+
+    return study.cached("firing", data_key(study, run_id, position), compute)["counts"]
+
+
+def data_key(study: Study, run_id: str, position: str) -> dict[str, object]:
+    """Returns what activations of an SAE on the study's rows depend on, for its cache."""
+    run = study.stored(run_id)
+    config = study.config(run)
+    return {
+        "sae": [study.fingerprint(run_id), position],
+        "lm": study.lm_config(run).to_dict(),
+        "data": (config.eval_data or config.train_data).to_dict(),
+        "seed": config.seed,
+        "n_samples": study.n_samples,
+    }
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _counted_by_run(run: StoredRun, position: str) -> Int[Tensor, " d_sae"] | None:
+    file = run.source / FIRING_FILE
+    if not file.is_file() or not read_checkpoint_info(run.source, check=False).firing_n_tokens:
+        return None
+    return read_tensors(file).get(position)
