@@ -4,6 +4,7 @@ Weights are drawn wide (standard deviation 0.2, biases and norms included), so t
 transposed tensor shows in the output.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=BOS))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS)
+
+
+def make_word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of whole words between spaces: id 0 is BOS, EOS and unknown, then one id per word.
+
+    Raises:
+        ValueError: there are more words than a tiny model has ids.
+    """
+    if len(words) >= D_VOCAB:
+        raise ValueError(f"{len(words)} words, a tiny model has ids for {D_VOCAB - 1}")
+    ids = {token: index for index, token in enumerate([BOS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=BOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS)
 
 

@@ -175,13 +175,22 @@ def run_ablated(model: nn.Module, clean: Pass, positions: Sequence[Position], ho
         mean = kept.mean(0) if clean.batch.counted is not None else kept.mean((0, 1))
         return lambda activation: mean.expand_as(activation).clone()
 
+    return run_changed(model, clean, [(position, replacement(position.write)) for position in positions])
+
+
+def run_changed(model: nn.Module, clean: Pass, changes: Sequence[tuple[Position, SpliceFunction]]) -> Output:
+    """Returns the output with the activation at each position sent through a function, with gradients if they are on.
+
+    Args:
+        model: a TransformerLens model.
+        clean: the batch's clean pass; what comes before the positions is taken from it if it kept that (`reuse`).
+        changes: (position, function) pairs; functions see what is written there.
+    """
     _get_ready(model)
-    prefix = _prefix(model, positions, clean)
-    with (
-        replaying(model, prefix, clean.outputs),
-        splice(model, [(position.write, replacement(position.write)) for position in positions]),
-    ):
-        return run_model(model, clean.batch, [position.write for position in positions])
+    prefix = _prefix(model, [position for position, _ in changes], clean)
+    functions = [(position.write, function) for position, function in changes]
+    with replaying(model, prefix, clean.outputs), splice(model, functions):
+        return run_model(model, clean.batch, [name for name, _ in functions])
 
 
 def apply_sae(
