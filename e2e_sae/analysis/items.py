@@ -5,7 +5,18 @@ import importlib
 from e2e_sae.analysis.item import Analysis
 from e2e_sae.errors import UserError, did_you_mean
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "performance",
+    "comparisons",
+    "per_layer",
+    "training_costs",
+    "geometry",
+    "umaps",
+    "norms",
+    "principal_directions",
+    "resampled_directions",
+    "agreement",
+)
 """Modules of `e2e_sae.analysis`; each one's `ANALYSES` lists its own."""
 
 
