@@ -16,6 +16,10 @@ from e2e_sae.log import log_to_console
 from e2e_sae.scripts.analysis.analyse import add_arguments as add_analysis_arguments
 from e2e_sae.scripts.analysis.analyse import run as run_analyses
 from e2e_sae.scripts.exit_codes import run_command
+from e2e_sae.scripts.interpret import add_arguments as add_interpretation_arguments
+from e2e_sae.scripts.interpret import run as run_interpretation
+from e2e_sae.scripts.pages import add_arguments as add_page_arguments
+from e2e_sae.scripts.pages import run as run_pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,6 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
     analyse.add_argument("--list", action="store_true", help="list the analyses")
     analyse.set_defaults(run=run_analyses)
 
+    interpret = commands.add_parser(
+        "interpret", parents=[overrides, debug], help="explain latents in words, and score the words"
+    )
+    add_interpretation_arguments(interpret)
+    interpret.set_defaults(run=run_interpretation)
+
+    pages = commands.add_parser("pages", parents=[overrides, debug], help="a page for each latent, for the browser")
+    add_page_arguments(pages)
+    pages.set_defaults(run=run_pages)
+
     # A program of its own, whose options are not known here: no prefix of options is recognised.
     bench = commands.add_parser(
         "bench", prefix_chars="\0", add_help=False, help="speed and memory beside the plain way (`bench --help`)"
@@ -113,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     new_config = commands.add_parser("new-config", parents=[debug], help="write a commented minimal config for a model")
     new_config.add_argument("model", metavar="NAME_OR_FOLDER", help="hub name or Hugging Face folder")
     new_config.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: standard output")
+    new_config.add_argument("--paper", action="store_true", help="the paper's SAE and loss (ReLU, e2e+ds)")
     new_config.set_defaults(run=_new_config)
     return parser
 
@@ -179,7 +194,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _new_config(args: argparse.Namespace) -> None:
     from e2e_sae.new_config import write_new_config
 
-    text = write_new_config(args.model, args.out)
+    text = write_new_config(args.model, args.out, papers=args.paper)
     print(f"wrote {args.out}; next: e2e-sae train {args.out}" if args.out is not None else text, end="")
     if args.out is not None:
         print()
