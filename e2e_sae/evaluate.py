@@ -16,7 +16,7 @@ from e2e_sae.acts import Mean, Pass, Position, TokenBatch
 from e2e_sae.data.batches import TokenBatches
 from e2e_sae.data.prefetch import N_AHEAD, DataWait, on_device
 from e2e_sae.hooks import block_of, is_after_blocks
-from e2e_sae.losses import InToOrigLoss, LogitsKLLoss, LossConfigs, LossTerm
+from e2e_sae.losses import InToOrigLoss, LogitsKLLoss, LossConfigs, LossTerm, OutToInLoss
 from e2e_sae.metrics import (
     FiringCounts,
     Mode,
@@ -123,7 +123,8 @@ class _Evaluated:
         everywhere = [f"blocks.{i}.hook_resid_post" for i in range(n_layers)]
         in_to_orig = loss.in_to_orig or InToOrigLoss(total_coeff=0.0, hook_positions=everywhere)
         kl = (loss.logits_kl or LogitsKLLoss(coeff=0.0)).model_copy(update={"position_fraction": 1.0})
-        self._terms = loss.model_copy(update={"in_to_orig": in_to_orig, "logits_kl": kl}).terms
+        out_to_in = loss.out_to_in or OutToInLoss(coeff=0.0)
+        self._terms = loss.model_copy(update={"in_to_orig": in_to_orig, "out_to_in": out_to_in, "logits_kl": kl}).terms
         quality_names = quality_positions(model.positions, n_layers)
         self._names = list(dict.fromkeys([*in_to_orig.hook_positions, *quality_names]))
         self._measurements = Measurements("eval", self._terms, quality_names)
@@ -164,7 +165,7 @@ def evaluate(
     """Measures the spliced model, all SAEs in, local runs too.
 
     Without `in_to_orig` in the loss, its legacy keys cover `hook_resid_post` of every block; without `logits_kl`
-    the KL is reported all the same.
+    or `out_to_in` these are reported all the same.
 
     Args:
         model: the model and its SAEs; left as it was.

@@ -110,6 +110,15 @@ def test_batches_know_their_place_in_the_data():
     assert [(batch.start, int(batch.tokens[0, 0])) for batch in batches] == [(2, 8), (5, 20), (8, 32)]
 
 
+def test_the_local_error_and_the_kl_are_measured_whatever_is_trained_on(model: SAETransformer):
+    batches = [TokenBatch.of(random_tokens(3, 8))]
+    local, e2e = (
+        evaluate(model, batches, LossConfigs.from_dict({"sparsity": {"coeff": 1.0}, term: {"coeff": 1.0}})).metrics
+        for term in ("out_to_in", "logits_kl")
+    )
+    assert local == e2e
+
+
 def test_evaluating_changes_nothing(model: SAETransformer):
     before = {name: p.detach().clone() for name, p in model.saes.named_parameters()}
     random_state, mode = torch.get_rng_state(), model.saes.training
@@ -130,6 +139,7 @@ def test_keys_cover_every_block_without_in_to_orig_and_the_listed_ones_with_it(m
     assert [key for key in keys if key.startswith("loss/eval/in_to_orig/blocks")] == [
         "loss/eval/in_to_orig/blocks.2.hook_mlp_out"
     ]
+    assert f"loss/eval/out_to_in/{PRE}" in keys
     quality = [key for key in keys if key.startswith("quality/eval/fvu/")]
     assert quality == [f"quality/eval/fvu/{n}" for n in (PRE, "blocks.1.hook_resid_post", "blocks.2.hook_resid_post")]
 
