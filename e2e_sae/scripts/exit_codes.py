@@ -76,7 +76,7 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         where = f" (writing '{error.filename}')" if isinstance(error, OSError) and error.filename else ""
         return USER_ERROR, (
             f"error: disk full or over quota{where}: {_reason(error)}; what was saved before is intact, "
-            "make room and go on with: e2e-sae train --resume RUN_DIR"
+            "make room and run it again (a training goes on with: e2e-sae train --resume RUN_DIR)"
         )
     if _has_errno(error, _NO_PERMISSION_ERRNOS):
         where = f" '{error.filename}'" if isinstance(error, OSError) and error.filename else ""

@@ -78,7 +78,8 @@ def test_a_full_disk_stops_the_run_with_one_line_and_what_was_saved_can_be_used(
     assert main(["train", str(bench.config), "--set", f"save_dir={small_disk}"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: disk full or over quota")
-    assert "what was saved before is intact, make room and go on with: e2e-sae train --resume RUN_DIR" in err
+    assert "what was saved before is intact, make room and run it again" in err
+    assert "(a training goes on with: e2e-sae train --resume RUN_DIR)" in err
     assert err.count("\n") == 1
     (run,) = small_disk.iterdir()
     assert [path.name for path in checkpoints(run)] == ["samples_8"]
