@@ -9,7 +9,7 @@ from functools import cache
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from e2e_sae.analysis.feature_data import collect_activity
+from e2e_sae.analysis.activities import activities
 from e2e_sae.analysis.study import Study
 from e2e_sae.checkpoint.files import read_tensors
 from e2e_sae.checkpoint.records import StoredRun
@@ -34,7 +34,8 @@ def alive(study: Study, run_id: str, position: str) -> Bool[Tensor, " d_sae"]:
     if counts is not None:
         return counts > 0
     try:
-        return counted_on_data(study, run_id, position) > 0
+        found, _ = activities(study, run_id, [position], "alive latents")
+        return found[position].n_active > 0
     except UserError as reason:
         d_sae = run.saes[position].info.d_sae
         _warn_once(
@@ -42,35 +43,6 @@ def alive(study: Study, run_id: str, position: str) -> Bool[Tensor, " d_sae"]:
             f"of firing, and counting failed: {str(reason).splitlines()[0]}"
         )
         return run.saes[position].tensors["W_dec"].new_ones(d_sae).bool()
-
-
-def counted_on_data(study: Study, run_id: str, position: str) -> Int[Tensor, " d_sae"]:
-    """Returns at how many tokens of the study's rows each latent is active; kept in the study's cache.
-
-    Raises:
-        UserError: the run names no evaluation data, or its language model is not to be had.
-    """
-
-    def compute() -> dict[str, Tensor]:
-        saes = study.open(run_id).saes_at([position])
-        batches = study.batches(run_id, desc="alive latents")
-        found, _ = collect_activity(study.lm(study.stored(run_id)), saes, batches)
-        return {"counts": found[position].n_active}
-
-    return study.cached("firing", data_key(study, run_id, position), compute)["counts"]
-
-
-def data_key(study: Study, run_id: str, position: str) -> dict[str, object]:
-    """Returns what activations of an SAE on the study's rows depend on, for its cache."""
-    run = study.stored(run_id)
-    config = study.config(run)
-    return {
-        "sae": [study.fingerprint(run_id), position],
-        "lm": study.lm_config(run).to_dict(),
-        "data": (config.eval_data or config.train_data).to_dict(),
-        "seed": config.seed,
-        "n_samples": study.n_samples,
-    }
 
 
 @cache

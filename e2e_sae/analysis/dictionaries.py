@@ -4,7 +4,6 @@ Nothing here needs a language model, unless alive latents must be counted (`aliv
 memory only while something is computed from them.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from e2e_sae.analysis.similarity import (
     one_to_one,
     unit_directions,
 )
-from e2e_sae.analysis.study import Study
+from e2e_sae.analysis.study import Study, digest_of
 from e2e_sae.models.lm import resolve_device
 
 
@@ -77,8 +76,7 @@ class Within(NamedTuple):
 def dictionary(study: Study, run_id: str, position: str) -> Dictionary:
     """Returns the dictionary of an SAE's alive latents."""
     mask = alive(study, run_id, position)
-    digest = hashlib.sha256(mask.cpu().numpy().tobytes()).hexdigest()[:16]
-    key = {"sae": [study.fingerprint(run_id), position], "alive": digest}
+    key = {"sae": [study.fingerprint(run_id), position], "alive": digest_of({"mask": mask})}
     return Dictionary(run_id, position, mask.nonzero()[:, 0], key)
 
 

@@ -66,6 +66,15 @@ class Activity:
         """Active latents per token."""
         return int(self.n_active.sum()) / max(self.n_tokens, 1)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns all of it as tensors by name."""
+        return {name: torch.as_tensor(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Activity":
+        """Returns it from what `tensors` gave."""
+        return cls(n_tokens=int(tensors["n_tokens"]), **{k: v for k, v in tensors.items() if k != "n_tokens"})
+
     def most_active(self, n: int) -> list[int]:
         """Returns the n latents with the largest sum of activations, or all that are ever active, in their order."""
         alive = int((self.n_active > 0).sum())

@@ -13,8 +13,9 @@ Shapes: N pages, C contexts of each, A of them ablated (the first), W tokens in 
 N x C x W, 12 kB a page, and a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,10 @@ from e2e_sae.saes import SAE, in_eval_mode
 
 N_BEFORE, N_AFTER = 24, 8
 """Tokens shown before and after a place: what a latent reacts to comes before."""
+WINDOW = torch.arange(-N_BEFORE, N_AFTER + 1)
+"""Places of these tokens, from that of the place."""
+PART_PLACES = 4096
+"""Places whose windows and ablations are kept together: a few seconds' work with a small model, 1 MB."""
 N_ABLATED = 10
 """Top contexts in which a latent is ablated."""
 N_TOKENS_AT_ONCE = 4096
@@ -74,6 +79,10 @@ class Effects:
         return self.ce_increase.nansum(1) / self.n_active.nansum(1)
 
 
+Kept = Callable[[int, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
+"""Returns the tensors of a part of the places, by its number and what computes them, if they are not known already."""
+
+
 class _Jobs(NamedTuple):
     """Places to look at, by row."""
 
@@ -94,6 +103,15 @@ class _Jobs(NamedTuple):
         found = found[order]
         return cls(found // n_ctx, pages[order], slots[order], found % n_ctx)
 
+    def parts(self) -> Iterator["_Jobs"]:
+        """Yields `PART_PLACES` jobs at a time, or a few more: whole rows."""
+        first = 0
+        while first < len(self.rows):
+            last_row = self.rows[min(first + PART_PLACES, len(self.rows)) - 1]
+            end = int(torch.searchsorted(self.rows, last_row, right=True))
+            yield _Jobs(*(part[first:end] for part in self))
+            first = end
+
     def by_rows(self, n_rows: int) -> Iterator[tuple[Tensor, "_Jobs"]]:
         """Yields n rows at a time, and the jobs there with rows counted within these."""
         rows, sizes = self.rows.unique_consecutive(return_counts=True)
@@ -103,6 +121,10 @@ class _Jobs(NamedTuple):
             jobs = slice(ends[first - 1] if first else 0, ends[last - 1])
             local = torch.arange(last - first).repeat_interleave(sizes[first:last])
             yield rows[first:last], _Jobs(local, self.pages[jobs], self.slots[jobs], self.positions[jobs])
+
+
+def _computed(_: int, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    return compute()
 
 
 @torch.inference_mode()
@@ -115,6 +137,7 @@ def look_closely(
     places: Int[Tensor, "N C"],
     batch_size: int = 8,
     n_ablated: int = N_ABLATED,
+    kept: Kept = _computed,
 ) -> tuple[Contexts, Effects]:
     """Returns what is around places, and what ablating does in the rows of the first `n_ablated` of each latent.
 
@@ -127,37 +150,88 @@ def look_closely(
         places: `row * n_ctx + position`, -1 for none; the strongest first.
         batch_size: rows at a time, at most.
         n_ablated: places whose rows are run again without the latent.
+        kept: keeps what was found part by part; parts do not depend on the size of batches.
     """
     n_ctx = rows.tokens.shape[1]
-    window = torch.arange(-N_BEFORE, N_AFTER + 1)
-    shape = (*places.shape, len(window))
+    shape = (*places.shape, len(WINDOW))
     contexts = Contexts(torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape))
     shape = (len(places), min(n_ablated, places.shape[1]))
     effects = Effects(*(torch.full(shape, torch.nan) for _ in range(3)))
-    device = next(lm.parameters()).device
-    jobs, directions = _Jobs.of(places, n_ctx), written_directions(sae)
-    batch_size = min(batch_size, rows_at_once(n_ctx, sae.d_sae))
-    n_batches = -(-len(jobs.rows.unique_consecutive()) // batch_size)
+    jobs, seen = _Jobs.of(places, n_ctx), 0
     desc = f"contexts and ablations, {position.name}"
-    with in_eval_mode([sae]):
-        for which, here in progress_bar(jobs.by_rows(batch_size), total=n_batches, desc=desc):
-            batch = rows.batch(which, device)
-            spliced = _Spliced(lm, position, sae, batch)
-            at = here.positions[:, None] + window
-            inside = (at >= 0) & (at < n_ctx)
-            at = at.clamp(0, n_ctx - 1)
-            where = (here.rows[:, None], at, latents[here.pages][:, None])
-            acts = per_token(spliced.latents)[tuple(index.to(device) for index in where)].cpu()
-            found = rows.tokens[which][here.rows[:, None], at]
-            contexts.tokens[here.pages, here.slots] = found.masked_fill(~inside, -1)
-            contexts.acts[here.pages, here.slots] = acts.float().masked_fill(~inside, 0.0)
-            ablated = here.slots < shape[1]
-            for some in ablated.nonzero()[:, 0].split(max(1, N_TOKENS_AT_ONCE // n_ctx)):
-                whose = latents[here.pages[some]].to(device)
-                found = spliced.without(here.rows[some].to(device), whose, directions[whose.to(directions.device)])
-                for store, values in zip((effects.kl, effects.ce_increase, effects.n_active), found, strict=True):
-                    store[here.pages[some], here.slots[some]] = values.float().cpu()
+    with in_eval_mode([sae]), progress_bar(total=len(jobs.rows), desc=desc) as bar:
+        look = _Look(lm, position, sae, rows, latents, min(batch_size, rows_at_once(n_ctx, sae.d_sae)), shape[1])
+        for number, part in enumerate(jobs.parts()):
+            found = kept(number, lambda part=part: look.at(part, bar.update))
+            seen += len(part.rows)
+            bar.update(seen - bar.n)
+            contexts.tokens[part.pages, part.slots] = found["tokens"]
+            contexts.acts[part.pages, part.slots] = found["acts"]
+            ablated = part.slots < shape[1]
+            where = part.pages[ablated], part.slots[ablated]
+            for store, values in zip(vars(effects).values(), found["effects"], strict=True):
+                store[where] = values[ablated]
     return contexts, effects
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Looks at places, batches of rows at a time."""
+
+    lm: nn.Module
+    position: Position
+    sae: SAE
+    rows: Rows
+    latents: Int[Tensor, " N"]
+    batch_size: int
+    n_ablated: int
+
+    def at(self, part: _Jobs, on_batch: Callable[[int], object]) -> dict[str, Tensor]:
+        """Returns `tokens` and `acts` [places, W] and `effects` [3, places], NaN where nothing is ablated.
+
+        Args:
+            part: the places.
+            on_batch: is told after each batch of how many.
+        """
+        tokens, acts, effects = [], [], []
+        for which, here in part.by_rows(self.batch_size):
+            spliced = _Spliced(self.lm, self.position, self.sae, self.rows.batch(which, self._device))
+            for store, found in zip((tokens, acts), self._windows(spliced, which, here), strict=True):
+                store.append(found)
+            effects.append(self._effects(spliced, here))
+            on_batch(len(here.rows))
+        return {"tokens": torch.cat(tokens), "acts": torch.cat(acts), "effects": torch.cat(effects, 1)}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    @cached_property
+    def _directions(self) -> Float[Tensor, "d_sae d_out"]:
+        return written_directions(self.sae)
+
+    def _windows(
+        self, spliced: "_Spliced", which: Int[Tensor, " n"], here: _Jobs
+    ) -> tuple[Int[Tensor, "J W"], Float[Tensor, "J W"]]:
+        n_ctx = self.rows.tokens.shape[1]
+        at = here.positions[:, None] + WINDOW
+        inside = (at >= 0) & (at < n_ctx)
+        at = at.clamp(0, n_ctx - 1)
+        where = (here.rows[:, None], at, self.latents[here.pages][:, None])
+        acts = per_token(spliced.latents)[tuple(index.to(self._device) for index in where)].cpu().float()
+        tokens = self.rows.tokens[which][here.rows[:, None], at]
+        return tokens.masked_fill(~inside, -1), acts.masked_fill(~inside, 0.0)
+
+    def _effects(self, spliced: "_Spliced", here: _Jobs) -> Float[Tensor, "3 J"]:
+        n_ctx = self.rows.tokens.shape[1]
+        effects = torch.full((3, len(here.rows)), torch.nan)
+        ablated = (here.slots < self.n_ablated).nonzero()[:, 0]
+        for some in ablated.split(max(1, N_TOKENS_AT_ONCE // n_ctx)):
+            whose = self.latents[here.pages[some]].to(self._device)
+            directions = self._directions[whose.to(self._directions.device)]
+            found = spliced.without(here.rows[some].to(self._device), whose, directions)
+            effects[:, some] = torch.stack([values.float().cpu() for values in found])
+        return effects
 
 
 class _Spliced:

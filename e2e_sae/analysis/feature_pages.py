@@ -5,11 +5,12 @@
     DIR/A-<position>/...      the same for each of several SAEs: A is the first run, B the one it is compared with
 
 Two passes over the data: one counts and chooses the places to show (`feature_data.py`), one looks at what is around
-them and runs the model again without each latent (`feature_effects.py`).
+them and runs the model again without each latent (`feature_effects.py`). What they find is kept in DIR/cache: what
+was killed goes on where it was, and has no index before it is done.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from e2e_sae.acts import Position
-from e2e_sae.analysis.feature_data import Activity, Rows, collect_activity
+from e2e_sae.analysis.activities import activities, data_key
+from e2e_sae.analysis.feature_data import Activity, Rows
 from e2e_sae.analysis.feature_effects import look_closely
 from e2e_sae.analysis.feature_html import Features, Other, feature_page, index_page, overview_page, page_name
 from e2e_sae.analysis.feature_lens import has_lens, logit_lens, written_directions
 from e2e_sae.analysis.similarity import Neighbours, nearest, unit_directions
-from e2e_sae.analysis.study import Study
+from e2e_sae.analysis.study import Study, digest_of
 from e2e_sae.analysis.vocabulary import vocabulary
 from e2e_sae.base_config import apply_overrides
 from e2e_sae.checkpoint.files import check_is_free
@@ -37,6 +39,8 @@ from e2e_sae.models.sae_transformer import SAETransformer
 from e2e_sae.progress import progress_bar
 from e2e_sae.saes import SAE
 
+INDEX = "index.html"
+"""What is opened first; written last."""
 N_NEAREST = 8
 """Nearest latents shown of an SAE."""
 
@@ -82,10 +86,12 @@ class PageStudy(Study):
 class _Looked(NamedTuple):
     """One SAE after the first pass."""
 
+    run_id: str
+    """Its run."""
     label: str
     """What it is called beside others; empty if it is alone."""
     run: str
-    """Name of its run."""
+    """What the run is called."""
     position: Position
     """Where it sits."""
     sae: SAE
@@ -121,14 +127,15 @@ def make_pages(study: PageStudy, out: Path, latents: Sequence[int] | None = None
 
     Args:
         study: the runs.
-        out: a new or empty folder.
+        out: a new or empty folder, or one that an earlier time did not finish.
         latents: of the first run, those that get a page; of the other one it is then those nearest to them.
         top: so many of each SAE, with the largest sums of activations; None: all that are ever active.
 
     Raises:
         UserError: the folder is not empty, a latent does not exist, or the runs' SAEs cannot be compared.
     """
-    check_is_free(out)
+    if (out / INDEX).exists() or not study.cache.is_dir():
+        check_is_free(out)
     models = {run_id: study.open(run_id) for run_id in study.sources}
     pairs = _pairs([model.saes_at() for model in models.values()])
     if latents is not None:
@@ -178,15 +185,15 @@ def _look(study: PageStudy, run_id: str, model: SAETransformer, positions: Seque
     """Makes the first pass over a run's data."""
     start, lm = time.monotonic(), model.tlens_model
     saes = {position: model.saes_at()[position] for position in positions}
-    activities, rows = collect_activity(lm, saes, study.batches(run_id, desc="activations"), study.seed)
+    found, rows = activities(study, run_id, [position.name for position in positions])
     run = study.stored(run_id)
     name, config = _run_name(run), study.config(run)
     texts = vocabulary(lm, (config.eval_data or config.train_data).tokenizer_name)
     looked: list[_Looked] = []
     for n, (position, sae) in enumerate(saes.items(), start=1):
         label = "" if len(study.sources) * len(saes) == 1 else f"{run_id}{n if len(saes) > 1 else ''}"
-        activity = activities[position.name]
-        looked.append(_Looked(label, name, position, sae, lm, activity, rows, texts))
+        activity = found[position.name]
+        looked.append(_Looked(run_id, label, name, position, sae, lm, activity, rows, texts))
         logger.info(
             f"{label or name}: {int((activity.n_active > 0).sum()):,} of {sae.d_sae:,} latents active in "
             f"{activity.n_tokens:,} tokens, L0 {activity.l0:.1f} ({time.monotonic() - start:.0f} s)"
@@ -212,7 +219,17 @@ def _features(study: PageStudy, one: _Looked, latents: Int[Tensor, " N"]) -> Fea
     """Makes the second pass, over the rows that the pages show, and finds what the weights alone tell."""
     start, activity = time.monotonic(), one.activity
     places = torch.cat([activity.top[latents], activity.sample[latents]], 1)
-    contexts, effects = look_closely(one.lm, one.position, one.sae, one.rows, latents, places, study.batch_size)
+    key = {
+        **data_key(study, one.run_id, one.position.name),
+        "places": digest_of({"latents": latents, "places": places, **vars(one.rows)}),
+    }
+
+    def kept(part: int, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        return study.cached("closely", {**key, "part": part}, compute)
+
+    contexts, effects = look_closely(
+        one.lm, one.position, one.sae, one.rows, latents, places, study.batch_size, kept=kept
+    )
     written, lens = written_directions(one.sae)[latents.to(one.sae.device)], None
     if has_lens(one.position.write) and len(latents):
         lens = logit_lens(one.lm, written)
@@ -260,12 +277,12 @@ def write_pages(out: Path, shown: Sequence[Shown]) -> int:
             for page, latent in enumerate(features.latents.tolist()):
                 _save(folder / page_name(latent), feature_page(features, page, texts, other))
                 bar.update()
-            _save(folder / "index.html", index_page(features, texts, other, everything))
+            _save(folder / INDEX, index_page(features, texts, other, everything))
     if len(shown) > 1:
-        _save(out / "index.html", overview_page(everything, [one.other for one in shown]))
+        _save(out / INDEX, overview_page(everything, [one.other for one in shown]))
     n_bytes = sum(file.stat().st_size for file in out.rglob("*.html"))
     seconds = time.monotonic() - start
-    logger.info(f"{n:,} pages, {n_bytes / 1e6:.1f} MB ({seconds:.0f} s): open {out / 'index.html'}")
+    logger.info(f"{n:,} pages, {n_bytes / 1e6:.1f} MB ({seconds:.0f} s): open {out / INDEX}")
     return n
 
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
-from e2e_sae.analysis.alive import data_key
-from e2e_sae.analysis.feature_data import collect_activity
+from e2e_sae.analysis.activities import activities
 from e2e_sae.analysis.study import Study
 from e2e_sae.models.tokenizers import require_tokenizer
 
@@ -38,21 +37,15 @@ def strongest_tokens(study: Study, run_id: str, position: str, latents: Int[Tens
     Raises:
         UserError: the run names no evaluation data, its language model is not to be had, or it has no tokenizer.
     """
-
-    def compute() -> dict[str, Tensor]:
-        saes = study.open(run_id).saes_at([position])
-        batches = study.batches(run_id, desc="strongest tokens")
-        found, rows = collect_activity(study.lm(study.stored(run_id)), saes, batches)
-        return {"largest": found[position].largest, "place": found[position].top[:, 0], "tokens": rows.tokens}
-
-    kept = study.cached("strongest", data_key(study, run_id, position), compute)
+    found, data = activities(study, run_id, [position], "strongest tokens")
+    activity = found[position]
     tokenizer = require_tokenizer(study.lm(study.stored(run_id)))
-    rows: list[list[int]] = kept["tokens"].tolist()
-    n_ctx = kept["tokens"].shape[1]
-    places: list[int] = kept["place"][latents].tolist()
+    rows: list[list[int]] = data.tokens.tolist()
+    n_ctx = data.tokens.shape[1]
+    places: list[int] = activity.top[latents, 0].tolist()
     texts = [_texts(tokenizer, rows[place // n_ctx], place % n_ctx) if place >= 0 else ("", "") for place in places]
     return Strongest(
-        activation=kept["largest"][latents].tolist(),
+        activation=activity.largest[latents].tolist(),
         token=[token for token, _ in texts],
         token_position=[place % n_ctx if place >= 0 else -1 for place in places],
         context=[context for _, context in texts],

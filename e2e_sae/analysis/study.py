@@ -65,6 +65,7 @@ class Study:
         self.seed = seed
         self._overrides = list(overrides)
         self._lm: tuple[LMConfig, nn.Module] | None = None
+        self._fingerprints: dict[str, str] = {}
 
     @cached_property
     def sources(self) -> dict[str, str]:
@@ -160,10 +161,20 @@ class Study:
         return tensors
 
     def fingerprint(self, run_id: str) -> str:
-        """Returns a text that changes when the run's SAEs do: from the content of their tensors."""
-        digest = hashlib.sha256()
-        for name, stored in self.stored(run_id).saes.items():
-            for key, tensor in sorted(stored.tensors.items()):
-                digest.update(f"{name}/{key}/{list(tensor.shape)}".encode())
-                digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        """Returns a text that changes when the run's SAEs do: from the content of their tensors, read once."""
+        if run_id not in self._fingerprints:
+            self._fingerprints[run_id] = self._digest(run_id)
+        return self._fingerprints[run_id]
+
+    def _digest(self, run_id: str) -> str:
+        saes = self.stored(run_id).saes
+        return digest_of({f"{name}/{key}": tensor for name, sae in saes.items() for key, tensor in sae.tensors.items()})
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a text that changes when the names, the shapes or the content of tensors do."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}/{tensor.dtype}/{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from e2e_sae.analysis.feature_pages import nearest_others_of
+from e2e_sae.analysis.study import Study
 from e2e_sae.checkpoint import load_run
 from e2e_sae.checkpoint.files import write_json
 from e2e_sae.scripts.cli import main
@@ -58,7 +60,7 @@ def test_a_run_gets_a_page_for_each_latent_that_is_ever_active(run: Path, tmp_pa
     made = numbers(out)
     (sae,) = load_run(run).saes.values()
     assert 0 < len(made) <= sae.info.d_sae
-    assert sorted(p.name for p in out.iterdir()) == ["index.html", "latents"]
+    assert sorted(p.name for p in out.iterdir()) == ["cache", "index.html", "latents"]
     page = (out / "latents" / f"{made[0]}.html").read_text(encoding="utf-8")
     assert "48 tokens" in page  # 6 rows of 8
     for link in re.findall(r'href="([^"]*)"', page):
@@ -98,6 +100,41 @@ def test_the_nearest_others_are_those_with_the_largest_cosines_without_themselve
 def test_top_limits_the_pages(run: Path, tmp_path: Path):
     assert main(["pages", str(run), "--out", str(tmp_path / "p"), "--top", "3"]) == 0
     assert len(numbers(tmp_path / "p")) == 3
+
+
+def test_pages_that_were_interrupted_go_on_where_they_were(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    computed: list[str] = []
+    last, cached = 3, Study.cached
+
+    def counting(self: Study, name: str, key: Any, compute: Any) -> dict[str, Tensor]:
+        def count() -> Any:
+            if len(computed) == last:
+                raise KeyboardInterrupt
+            computed.append(name)
+            return compute()
+
+        return cached(self, name, key, count)
+
+    monkeypatch.setattr("e2e_sae.analysis.feature_effects.PART_PLACES", 64)
+    monkeypatch.setattr(Study, "cached", counting)
+    arguments = [str(run), "--n-samples", "6", "--out"]
+    assert main(["pages", *arguments, str(tmp_path / "p")]) == 130
+    assert not (tmp_path / "p" / "index.html").exists()
+    last = -1
+    assert main(["pages", *arguments, str(tmp_path / "p")]) == 0
+    assert computed[0] == "activities"
+    assert computed.count("activities") == 1
+    in_two, computed[:] = computed[:], []
+    assert main(["pages", *arguments, str(tmp_path / "whole")]) == 0
+    assert computed == in_two
+    assert len(computed) > 4
+    made = numbers(tmp_path / "p")
+    assert made == numbers(tmp_path / "whole")
+    for name in ("index.html", *(f"latents/{n}.html" for n in made)):
+        assert (tmp_path / "p" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert "is there already" in complaint(capsys, run, "--out", tmp_path / "p")
 
 
 def test_the_pages_do_not_depend_on_the_size_of_batches(run: Path, tmp_path: Path):

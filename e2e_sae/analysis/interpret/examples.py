@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from e2e_sae.acts import Position
-from e2e_sae.analysis.alive import data_key
+from e2e_sae.analysis.activities import data_key
 from e2e_sae.analysis.feature_data import latents_of, per_token, random_keys
 from e2e_sae.analysis.study import Study
 from e2e_sae.errors import UserError
