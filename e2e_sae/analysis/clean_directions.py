@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from e2e_sae.acts import TokenBatch
-from e2e_sae.analysis.compared import Group
+from e2e_sae.analysis.compared import facts_of
 from e2e_sae.analysis.study import Study
 from e2e_sae.models.runner import run_clean
 
@@ -106,18 +106,22 @@ def directions_at(lm: nn.Module, batches: Iterable[TokenBatch], points: Sequence
     return {point: moments[point].directions() for point in points}
 
 
-def clean_directions(study: Study, group: Group) -> dict[str, Directions]:
-    """Returns the principal directions at each hook point of a group, from the study's rows; kept in its cache."""
+def clean_directions(study: Study, run_id: str, points: Sequence[str]) -> dict[str, Directions]:
+    """Returns the principal directions at hook points of a run's language model, from its rows of evaluation data; kept
+    in the study's cache for all runs of that model and data.
+
+    Raises:
+        UserError: the run names no evaluation data, or its language model is not to be had.
+    """
 
     def compute() -> dict[str, Tensor]:
-        lm = study.lm(study.stored(group.run_id))
-        batches = study.batches(group.run_id, desc="principal directions")
-        found = directions_at(lm, batches, group.points)
+        lm = study.lm(study.stored(run_id))
+        found = directions_at(lm, study.batches(run_id, desc="principal directions"), points)
         return {f"{point}/{name}": value for point, one in found.items() for name, value in vars(one).items()}
 
-    key = {**group.facts, "saes": None, "points": group.points, "n_samples": study.n_samples}
+    key = {**facts_of(study, run_id), "points": list(points), "n_samples": study.n_samples}
     tensors = study.cached("clean_directions", key, compute)
     return {
         point: Directions(**{name: tensors[f"{point}/{name}"] for name in Directions.__dataclass_fields__})
-        for point in group.points
+        for point in points
     }

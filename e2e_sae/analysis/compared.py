@@ -86,17 +86,26 @@ def compared_groups(study: Study) -> list[Group]:
         raise NotApplicable("it wants SAEs that write where they read, and there are none among these runs")
     found: dict[str, list[ComparedSAE]] = {}
     for row, label in zip(rows, labels(rows), strict=True):
-        run = study.stored(row["id"])
-        config = study.config(run)
-        # Another seed is another order of the same rows.
-        data = {**(config.eval_data or config.train_data).to_dict(), "seed": None}
-        facts = {"lm": study.lm_config(run).to_dict(), "data": data}
+        facts = facts_of(study, row["id"])
         keys = {**{key: str(row[key]) for key in KEYS if key != "label"}, "label": label}
         found.setdefault(json.dumps(facts), []).append(ComparedSAE(keys, study.fingerprint(row["id"])))
     return [
         Group(tuple(saes), {**json.loads(facts), "saes": [[sae.point, sae.fingerprint] for sae in saes]})
         for facts, saes in found.items()
     ]
+
+
+def facts_of(study: Study, run_id: str) -> dict[str, Any]:
+    """Returns the language model and the data set that a run's clean activations depend on, for keys of the cache.
+
+    Raises:
+        UserError: the run has no config.
+    """
+    run = study.stored(run_id)
+    config = study.config(run)
+    # Another seed is another order of the same rows.
+    data = {**(config.eval_data or config.train_data).to_dict(), "seed": None}
+    return {"lm": study.lm_config(run).to_dict(), "data": data}
 
 
 def opened(study: Study, group: Group) -> list[SAE]:

@@ -40,7 +40,7 @@ def principal_directions_table(study: Study) -> Any:
 
     parts: list[Any] = []
     for group in compared_groups(study):
-        directions, found = clean_directions(study, group), reconstructions(study, group)
+        directions, found = clean_directions(study, group.run_id, group.points), reconstructions(study, group)
         for point in group.points:
             here = [(sae, one) for sae, one in found if sae.point == point]
             parts += _of_clean(group, point, directions[point], here[0][1])

@@ -239,7 +239,7 @@ def reconstructions(study: Study, group: Group) -> list[tuple[ComparedSAE, Recon
         found = look_at(lm, batches, saes, directions, end_of_text, study.seed)
         return {f"{n}/{name}": value for n, one in enumerate(found) for name, value in one._asdict().items()}
 
-    directions = clean_directions(study, group)
+    directions = clean_directions(study, group.run_id, group.points)
     key = {**group.facts, "n_samples": study.n_samples, "seed": study.seed}
     tensors = study.cached("reconstructions", key, compute)
     return [

@@ -119,7 +119,7 @@ def resampled_directions_table(study: Study) -> Any:
 
     parts: list[Any] = []
     for group in compared_groups(study):
-        directions = clean_directions(study, group)
+        directions = clean_directions(study, group.run_id, group.points)
         for point in group.points:
             kls = _cached_kls(study, group, point, directions[point])
             values = {"explained_share": directions[point].shares, **{f"kl_{k}": v for k, v in kls._asdict().items()}}

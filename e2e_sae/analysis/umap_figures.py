@@ -14,6 +14,7 @@ N_OUTLINED = 12
 _MAX_SHARE = 0.5
 """A region with a larger share of the latents is the bulk: an outline would be one round everything."""
 _N_COLUMNS = 3
+_AXES = {"xlabel": "UMAP 1 (no unit)", "ylabel": "UMAP 2 (no unit)", "xticks": [], "yticks": []}
 
 
 def draw_umaps(table: Any) -> Any:
@@ -28,17 +29,37 @@ def draw_umaps(table: Any) -> Any:
             if 2 < len(inside) <= _MAX_SHARE * len(points):
                 _outline(ax, inside[["x", "y"]].to_numpy(dtype=float), region)
         ax.set_title(title, fontsize="medium")
-        ax.set(xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", xticks=[], yticks=[])
+        ax.set(**_AXES)
     legend_below(figure, axes)
     return figure
+
+
+def draw_first_direction(table: Any) -> Any:
+    """Draws the points of each pair of runs, coloured by cosine with the first principal direction, those with the
+    greatest in size on top."""
+    panels = panels_by(table, ["model_name", "sae_pos", "architecture", "pair"])
+    figure, axes = grid(len(panels), _N_COLUMNS, 5.0, 4.6)
+    scale = float(table["cos_first_direction"].abs().max())
+    drawn = None
+    for (title, points), ax in zip(panels, axes, strict=True):
+        ordered = points.sort_values("cos_first_direction", key=abs)
+        shades = {"c": ordered["cos_first_direction"], "cmap": "coolwarm", "vmin": -scale, "vmax": scale}
+        drawn = ax.scatter(ordered["x"], ordered["y"], s=_size(points), linewidths=0, rasterized=True, **shades)
+        ax.set_title(title, fontsize="medium")
+        ax.set(**_AXES)
+    figure.colorbar(drawn, ax=axes, label="cosine with the first principal direction", shrink=0.8)
+    return figure
+
+
+def _size(points: Any) -> float:
+    return float(np.clip(20_000 / len(points), 0.5, 12))
 
 
 def _draw_points(ax: Any, points: Any, looks: Any) -> None:
     # Mixed, so that the type drawn last does not hide the other.
     mixed = points.sample(frac=1, random_state=0)
     colours = [looks[run_type]["color"] for run_type in mixed["run_type"]]
-    size = float(np.clip(20_000 / len(points), 0.5, 12))
-    ax.scatter(mixed["x"], mixed["y"], c=colours, s=size, linewidths=0, alpha=0.7, rasterized=True)
+    ax.scatter(mixed["x"], mixed["y"], c=colours, s=_size(points), linewidths=0, alpha=0.7, rasterized=True)
     for run_type in in_order(points["run_type"]):
         ax.plot([], [], marker="o", linestyle="none", color=looks[run_type]["color"], label=run_type)
 

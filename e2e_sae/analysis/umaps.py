@@ -11,7 +11,7 @@ the most lopsided one first. The token at which each latent is most active says 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from e2e_sae.analysis.clean_directions import clean_directions
 from e2e_sae.analysis.dictionaries import Dictionary, dictionary
 from e2e_sae.analysis.geometry import PLACE, one_per_kind
 from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
 from e2e_sae.analysis.matching import REFERENCE
 from e2e_sae.analysis.strongest import strongest_tokens
 from e2e_sae.analysis.study import Study
-from e2e_sae.analysis.umap_figures import draw_umaps
+from e2e_sae.analysis.umap_figures import draw_first_direction, draw_umaps
 from e2e_sae.errors import UserError
 from e2e_sae.log import logger
 from e2e_sae.progress import progress_bar
@@ -42,6 +43,11 @@ N_EXAMPLES = 4
 """Latents that it shows of each, those with the greatest activation."""
 PAIR = [*PLACE, "pair"]
 """Columns that say which embedding a point is in."""
+POINT = [*PAIR, "layer", "run_type", "id", "latent", "x", "y"]
+"""Columns of a point."""
+
+
+_Pair = tuple[tuple[Mapping[str, Any], Dictionary], tuple[Mapping[str, Any], Dictionary]]
 
 
 class Plane(NamedTuple):
@@ -57,6 +63,50 @@ def umap_table(study: Study) -> Any:
     """Returns a row for each latent of each pair of runs: where it is, its region, and where it is most active."""
     import pandas as pd
 
+    parts: list[Any] = []
+    for points, runs in _planes(study):
+        strongest = pd.concat([_strongest(study, row, of) for row, of in runs], ignore_index=True)
+        parts.append(pd.concat([points, strongest], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def first_direction_table(study: Study) -> Any:
+    """Returns a row for each latent of each pair of runs: where it is, and `cos_first_direction`, the cosine of its
+    decoder direction with the first principal direction of the clean activations (`clean_directions.py`).
+
+    Raises:
+        NotApplicable: no pair's clean activations are to be had.
+    """
+    import pandas as pd
+
+    parts: list[Any] = []
+    for points, runs in _planes(study):
+        try:
+            first = [_first_direction(study, of) for _, of in runs]
+        except UserError as reason:
+            logger.warning(f"'{runs[0][0]['source']}': left out: {str(reason).splitlines()[0]}")
+            continue
+        cosines = [of.directions(study).double().cpu() @ axis for (_, of), axis in zip(runs, first, strict=True)]
+        parts.append(points[POINT].assign(cos_first_direction=torch.cat(cosines).numpy()))
+    if not parts:
+        raise NotApplicable("it wants runs with evaluation data, and their language model")
+    return pd.concat(parts, ignore_index=True)
+
+
+def _first_direction(study: Study, of: Dictionary) -> Float[Tensor, " d_out"]:
+    point = study.stored(of.run_id).saes[of.position].info.position.write
+    return clean_directions(study, of.run_id, [point])[point].axes[0]
+
+
+def _planes(study: Study) -> Iterator[tuple[Any, _Pair]]:
+    """Yields each pair of runs: a row for each latent, A's first, with its place and region; and (row, dictionary) of
+    both runs.
+
+    Raises:
+        NotApplicable: there are none, they are too small, or UMAP is not installed.
+    """
+    import pandas as pd
+
     pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     for _, rows in one_per_kind(study.table).groupby(PLACE, sort=False, dropna=False):
         local = [row for row in rows.to_dict("records") if row["run_type"] == REFERENCE][:1]
@@ -64,23 +114,25 @@ def umap_table(study: Study) -> Any:
     if not pairs:
         raise NotApplicable("it wants a local run and one of another type, at one position, of one architecture")
     _check_installed()
-    parts: list[Any] = []
+    n_made = 0
     for row_a, row_b in progress_bar(pairs, desc="UMAP"):
         a, b = (dictionary(study, row["id"], row["sae_pos"]) for row in (row_a, row_b))
         if len(a) + len(b) < MIN_LATENTS:
             logger.info(f"{row_a['source']}: left out, {len(a) + len(b)} latents are too few for a UMAP")
             continue
-        plane = plane_of(study, a, b)
-        points = pd.DataFrame({"x": plane.xy[:, 0], "y": plane.xy[:, 1], "region": plane.regions})
-        who = pd.concat([_latents(study, row, of) for row, of in ((row_a, a), (row_b, b))], ignore_index=True)
+        n_made += 1
+        plane, runs = plane_of(study, a, b), ((row_a, a), (row_b, b))
+        who = [
+            pd.DataFrame({"latent": of.latents.numpy()}).assign(run_type=row["run_type"], id=row["id"])
+            for row, of in runs
+        ]
         place = {name: row_a[name] for name in [*PLACE, "layer"]}
+        where = {"x": plane.xy[:, 0].numpy(), "y": plane.xy[:, 1].numpy(), "region": plane.regions.numpy()}
         pair = f"{row_a['run_type']} and {row_b['run_type']}"
-        parts.append(pd.concat([who, points], axis=1).assign(**place, pair=pair))
-    if not parts:
+        points = pd.concat(who, ignore_index=True).assign(**where, **place, pair=pair)
+        yield points[[*POINT, "region"]], runs
+    if not n_made:
         raise NotApplicable(f"it wants at least {MIN_LATENTS} alive latents in two runs together")
-    table = pd.concat(parts, ignore_index=True)
-    first = [*PAIR, "layer", "run_type", "id", "latent", "x", "y", "region"]
-    return table[[*first, *(name for name in table if name not in first)]]
 
 
 def plane_of(study: Study, a: Dictionary, b: Dictionary) -> Plane:
@@ -169,16 +221,15 @@ def _about(points: Any) -> dict[str, Any]:
     }
 
 
-def _latents(study: Study, row: Mapping[str, Any], of: Dictionary) -> Any:
+def _strongest(study: Study, row: Mapping[str, Any], of: Dictionary) -> Any:
+    """Returns where each latent is most active; without columns where that is not to be had."""
     import pandas as pd
 
-    rows = pd.DataFrame({"latent": of.latents}).assign(run_type=row["run_type"], id=row["id"])
     try:
-        found = strongest_tokens(study, of.run_id, of.position, of.latents)
+        return pd.DataFrame(strongest_tokens(study, of.run_id, of.position, of.latents)._asdict())
     except UserError as reason:
         logger.warning(f"'{row['source']}': latents are shown without contexts: {str(reason).splitlines()[0]}")
-        return rows
-    return rows.assign(**found._asdict())
+        return pd.DataFrame(index=range(len(of)))
 
 
 def _check_installed() -> None:
@@ -198,5 +249,11 @@ ANALYSES = (
         [Figure("umap", draw_umaps)],
         regions_text,
         {"region": 0, "at position": 0},
+    ),
+    Analysis(
+        "umap_first_direction",
+        "the same planes, coloured by cosine with the first principal direction of the activations (fig. 21)",
+        first_direction_table,
+        [Figure("umap_first_direction", draw_first_direction)],
     ),
 )

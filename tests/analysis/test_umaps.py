@@ -120,7 +120,7 @@ def test_the_figure_shows_each_pair_with_numbers_on_its_regions(three_runs: Stud
     pair = table[table["pair"] == "e2e and local"]
     assert sorted(map(tuple, np.asarray(drawn))) == sorted(map(tuple, pair[["x", "y"]].to_numpy(dtype=float)))
     assert {text.get_text() for text in axes[0].texts} == {"1", "2", "3"}
-    made = produce(three_runs, umaps.ANALYSES, tmp_path / "out")["umap"]
+    made = produce(three_runs, umaps.ANALYSES[:1], tmp_path / "out")["umap"]
     assert [path.name for path in made] == [f"umap.{kind}" for kind in ("csv", "md", "tex", "png", "svg")]
 
 
@@ -165,6 +165,39 @@ def test_the_strongest_token_of_each_latent_is_where_it_is_most_active(
         whole = tokenizer.decode(ids[row].tolist()).replace("\n", "⏎")
         assert found.context[n].replace("«", "").replace("»", "") in whole
         assert f"«{token}»" in found.context[n]
+
+
+def test_points_are_coloured_by_their_cosine_with_the_first_principal_direction(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(umaps, "MIN_LATENTS", 2)
+    monkeypatch.setattr(umaps, "embedded", lambda points, seed: points[:, :2].copy())
+    losses = {
+        "local": {"sparsity": {"coeff": 0.1}, "out_to_in": {"coeff": 1.0}},
+        "e2e": {"sparsity": {"coeff": 0.1}, "logits_kl": {"coeff": 1.0}},
+    }
+    for name in losses:
+        (tmp_path / name).mkdir()
+    runs = [train_with_eval_data(tiny_folder("gpt2"), tmp_path / name, loss=loss) for name, loss in losses.items()]
+    study = study_of(*runs)
+    table = umaps.first_direction_table(study)
+    batches = study.batches(study.table["id"][0])
+    clean = [run_clean(study.lm(study.stored(study.table["id"][0])), batch, [POINT]).at(POINT) for batch in batches]
+    x = torch.cat(clean).detach().double()
+    _, _, axes = torch.linalg.svd(x.flatten(0, 1) - x.flatten(0, 1).mean(0))
+    axis = axes[0] * torch.sign(x[:, 0].mean(0) @ axes[0])
+    assert table["run_type"].unique().tolist() == ["e2e", "local"]
+    for run_id, points in table.groupby("id"):
+        W_dec = study.stored(str(run_id)).saes[POINT].tensors["W_dec"].double()
+        cosines = torch.nn.functional.cosine_similarity(W_dec, axis[None], dim=1)
+        np.testing.assert_allclose(points["cos_first_direction"], cosines[points["latent"].tolist()], atol=1e-5)
+    (ax, _) = umaps.draw_first_direction(table).axes
+    assert sorted(ax.collections[0].get_array()) == sorted(table["cos_first_direction"])
+
+
+def test_without_a_language_model_there_is_no_first_direction(three_runs: Study):
+    with pytest.raises(NotApplicable, match="evaluation data, and their language model"):
+        umaps.first_direction_table(three_runs)
 
 
 @pytest.mark.slow

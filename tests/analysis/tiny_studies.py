@@ -58,10 +58,17 @@ def write_legacy_run(
     return folder
 
 
-def train_with_eval_data(model: Path, folder: Path) -> Path:
-    """Trains one SAE for some steps, with 6 rows of evaluation data, and returns the run's folder."""
+def train_with_eval_data(model: Path, folder: Path, **changes: Any) -> Path:
+    """Trains one SAE for some steps, with 6 rows of evaluation data, and returns the run's folder.
+
+    Args:
+        model: folder of the language model.
+        folder: where data and run go.
+        changes: of the config.
+    """
     rows, eval_rows = write_rows(folder / "rows.parquet", 8), write_rows(folder / "eval.parquet", 6, seed=1)
-    run = train(run_config(model, rows, folder / "ours", eval_data={"dataset_name": str(eval_rows), "n_ctx": N_CTX}))
+    eval_data = {"dataset_name": str(eval_rows), "n_ctx": N_CTX}
+    run = train(run_config(model, rows, folder / "ours", **{"eval_data": eval_data, **changes}))
     assert run is not None
     return run
 
