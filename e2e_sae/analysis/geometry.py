@@ -20,7 +20,7 @@ from e2e_sae.analysis.bootstrap import mean_difference
 from e2e_sae.analysis.dictionaries import Dictionary, across, dictionary, within
 from e2e_sae.analysis.geometry_figures import draw_across, draw_against_sparsity, draw_within
 from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
-from e2e_sae.analysis.matching import REFERENCE, SETTINGS, in_order, matched
+from e2e_sae.analysis.matching import REFERENCE, SEED_PAIR, SETTINGS, in_order, matched
 from e2e_sae.analysis.study import Study
 from e2e_sae.log import logger
 from e2e_sae.progress import progress_bar
@@ -94,18 +94,24 @@ def sparsity_table(study: Study) -> Any:
 def seeds_table(study: Study) -> Any:
     """Returns how near the dictionaries of runs are that are equal in everything but their seed, a row for each bin.
 
-    Of two runs, the one with the smaller seed is A. `shown`: the pair is in the figure.
+    Of two runs, the one with the smaller seed is A. `shown`: the pair is in the figure. A column `seed_pair` of the
+    table of runs says instead which are compared, and all are shown.
     """
     import pandas as pd
 
-    by_settings = study.table.groupby(ALL_BUT_SEED, sort=False, dropna=False)
-    groups = [rows.drop_duplicates("seed").sort_values("seed") for _, rows in by_settings]
+    named = study.table.dropna(subset=[SEED_PAIR]) if SEED_PAIR in study.table else study.table.head(0)
+    alike = (
+        study.table.groupby(ALL_BUT_SEED, sort=False, dropna=False)
+        if named.empty
+        else named.groupby([SEED_PAIR, "sae_pos"])
+    )
+    groups = [rows.drop_duplicates("seed").sort_values("seed") for _, rows in alike]
     groups = [rows for rows in groups if len(rows) > 1]
     if not groups:
         raise NotApplicable("it wants runs that are equal in everything but their seed")
     means = [{name: rows[name].mean() for name in ("L0", "CE_increase")} for rows in groups]
     heads = pd.DataFrame([{**rows.iloc[0], **mean} for rows, mean in zip(groups, means, strict=True)])
-    shown = set(one_per_kind(heads)["id"])
+    shown = set(heads["id"] if len(named) else one_per_kind(heads)["id"])
     parts: list[Any] = []
     for rows, mean in zip(progress_bar(groups, desc="pairs of seeds"), means, strict=True):
         facts = {**mean, "shown": rows.iloc[0]["id"] in shown}

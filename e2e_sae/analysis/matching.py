@@ -28,6 +28,8 @@ IS_MAIN = "is_main"
 """Column of tables in which somebody has chosen the runs of the frontiers."""
 MATCHED = "matched_{}"
 """Columns, one for each measure, of tables in which somebody has chosen the runs that are alike in it."""
+SEED_PAIR = "seed_pair"
+"""Column of tables in which somebody has chosen the runs that are compared across seeds: a number for each pair."""
 REACH = 0.1
 """How far, as a share of it, a target may lie beyond the runs of a kind that is still compared."""
 N_POINTS = 20

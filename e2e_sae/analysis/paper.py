@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import PositiveFloat
 
-from e2e_sae.analysis.matching import COLUMNS, IS_MAIN, MATCHED, Measure
+from e2e_sae.analysis.matching import COLUMNS, IS_MAIN, MATCHED, SEED_PAIR, Measure
 from e2e_sae.analysis.runs import runs_table
 from e2e_sae.base_config import BaseConfig
 from e2e_sae.run_types import COLOURS
@@ -33,6 +33,8 @@ class PaperProject(BaseConfig):
     """Runs with one of these in their name are not on the frontiers."""
     matched: dict[Measure, dict[int, dict[str, str]]] = {}
     """Run ids by what is equal, block, and type of run."""
+    seed_pairs: list[tuple[str, str]] = []
+    """Run ids that are compared across seeds."""
 
 
 class PaperRuns(BaseConfig):
@@ -58,7 +60,8 @@ def papers_table(paper: PaperRuns) -> Any:
 
 
 def chosen_as_published(table: Any, project: PaperProject) -> Any:
-    """Returns a project's runs without the ones that the paper leaves out, with `is_main` and `matched_<measure>`."""
+    """Returns a project's runs without the ones that the paper leaves out, with `is_main`, `matched_<measure>` and
+    `seed_pair`."""
     table = table[~(table["L0"] > project.max_L0)].reset_index(drop=True)
     columns = {
         MATCHED.format(measure): table["id"].isin(
@@ -66,7 +69,8 @@ def chosen_as_published(table: Any, project: PaperProject) -> Any:
         )
         for measure in COLUMNS
     }
-    table = table.assign(**columns)
+    pair_of = {run_id: n for n, pair in enumerate(project.seed_pairs) for run_id in pair}
+    table = table.assign(**columns, **{SEED_PAIR: table["id"].map(pair_of)})
     is_main = [_is_main(row, project) for row in table.to_dict("records")]
     return table.assign(**{IS_MAIN: is_main})
 

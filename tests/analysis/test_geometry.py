@@ -160,6 +160,17 @@ def test_seeds_are_compared_where_nothing_else_differs(tmp_path: Path):
     assert geometry.across_text(table)["seeds"].tolist() == ["0, 1", "0, 2", "1, 2"]
 
 
+def test_pairs_of_seeds_that_are_named_are_the_ones_compared(tmp_path: Path):
+    folders = [
+        write_legacy_run(tmp_path / f"local_{seed}", "local", decoder("local", seed), seed=seed) for seed in range(3)
+    ]
+    study = study_of(*folders)
+    study.table["seed_pair"] = study.table["seed"].map({0: 0, 2: 0})
+    table = geometry.seeds_table(study)
+    assert table[["seed_a", "seed_b", "shown"]].drop_duplicates().to_numpy().tolist() == [[0, 2, True]]
+    check_across(table, decoder("local", 0), decoder("local", 2))
+
+
 def test_all_runs_are_shown_against_what_is_known_of_them(tmp_path: Path):
     folders = [
         write_legacy_run(tmp_path / f"{kind}_{seed}", kind, decoder(kind, seed), seed=seed)

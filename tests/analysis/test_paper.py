@@ -58,6 +58,8 @@ def test_a_projects_runs_are_chosen_as_published() -> None:
     assert found["L0"].max() == 30
     assert found["is_main"].tolist() == [True, True, False, True, False, False, True, True]
     assert found[found["matched_CE"]]["id"].tolist() == ["chosen", "other"]
+    pairs = chosen_as_published(table, project(seed_pairs=[("chosen", "left_out"), ("other", "elsewhere")]))
+    assert pairs.dropna(subset=["seed_pair"])[["id", "seed_pair"]].to_numpy().tolist() == [["chosen", 0], ["other", 1]]
     assert len(main_runs(found)) == 5
     assert matched(found, "CE")["id"].tolist()[:2] == ["chosen", "other"]
 
