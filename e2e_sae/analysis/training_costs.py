@@ -16,6 +16,7 @@ from e2e_sae.analysis.looks import grid
 from e2e_sae.analysis.matching import PLACE, REFERENCE, in_order, in_papers_order
 from e2e_sae.analysis.performance import COLUMNS, measured, place_cells
 from e2e_sae.analysis.study import Study
+from e2e_sae.log import logger
 
 
 def grad_norm_table(study: Study) -> Any:
@@ -77,7 +78,8 @@ def training_time_table(study: Study) -> Any:
     """Returns the training time by position and kind: a row for each, and for each number of runs trained together.
 
     `seconds` and `seconds_per_mtoken` (a million tokens) are medians over runs, of all runs that were trained together
-    in one; `of_local`: times that of local SAEs of the same position, architecture and number.
+    in one; `of_local`: times that of local SAEs of the same position, architecture and number. Runs that were trained
+    together with another kind or position have no time of their own: they are left out.
 
     Raises:
         NotApplicable: no run has a time.
@@ -87,7 +89,10 @@ def training_time_table(study: Study) -> Any:
     table = study.table.dropna(subset=["seconds"]).drop_duplicates("id")
     if table.empty:
         raise NotApplicable("it wants runs whose training time is known (timing.json in their folders, or W&B's)")
-    table = table.assign(members=table["members"].fillna(1), per_mtoken=1e6 * table["seconds"] / table["n_tokens"])
+    table = _timed_alone(table.assign(members=table["members"].fillna(1)))
+    if table.empty:
+        raise NotApplicable("it wants runs that were not trained together with others of another kind or position")
+    table = table.assign(per_mtoken=1e6 * table["seconds"] / table["n_tokens"])
     rows: list[dict[str, Any]] = []
     keys = [*PLACE, "layer", "architecture", "run_type", "members"]
     for key, runs in table.groupby(keys, sort=False, dropna=False):
@@ -101,6 +106,16 @@ def training_time_table(study: Study) -> Any:
     references = [local.get(key, float("nan")) for key in own]
     found["of_local"] = found["seconds_per_mtoken"] / references
     return in_papers_order(found).reset_index(drop=True)
+
+
+def _timed_alone(table: Any) -> Any:
+    """Returns the runs whose time is that of one kind at one position; what trained together has one and the same."""
+    together = table[table["members"] > 1].groupby(["seconds", "members"])
+    kinds = {key: len(runs[[*PLACE, "kind"]].drop_duplicates()) for key, runs in together}
+    own = [kinds.get(key, 1) == 1 for key in zip(table["seconds"], table["members"], strict=True)]
+    if not all(own):
+        logger.info(f"note: {own.count(False)} runs were trained together with other kinds: their times are left out")
+    return table[own]
 
 
 def training_time_text(table: Any) -> Any:

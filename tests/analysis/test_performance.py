@@ -175,11 +175,20 @@ def test_gradient_norms_are_correlated_by_rank() -> None:
     assert shown["mean grad norm"].tolist() == pytest.approx([37.0, 2.0])
 
 
-def test_training_times_are_medians_beside_those_of_local_runs_trained_alike() -> None:
-    def timed(run_type: str, seconds: list[float], members: float = NAN) -> list[dict[str, Any]]:
-        rows = runs(run_type, [(10.0 + i, 1.0) for i in range(len(seconds))], members=members)
-        return [{**row, "seconds": s} for row, s in zip(rows, seconds, strict=True)]
+def timed(run_type: str, seconds: list[float], members: float = NAN) -> list[dict[str, Any]]:
+    rows = runs(run_type, [(10.0 + i, 1.0) for i in range(len(seconds))], members=members)
+    return [{**row, "seconds": s} for row, s in zip(rows, seconds, strict=True)]
 
+
+def test_the_time_of_several_kinds_trained_together_is_none_of_theirs() -> None:
+    together = [*timed("local", [70], members=2), *timed("e2e", [70], members=2)]
+    table = ALL["training_time"].compute(study_of(together, timed("e2e", [50, 50], members=3)))
+    assert table[["run_type", "seconds", "runs"]].to_numpy().tolist() == [["e2e", 50, 2]]
+    with pytest.raises(NotApplicable, match="not trained together with others of another kind"):
+        ALL["training_time"].compute(study_of(together))
+
+
+def test_training_times_are_medians_beside_those_of_local_runs_trained_alike() -> None:
     study = study_of(timed("local", [100, 200, 900]), timed("e2e", [500]), timed("e2e", [50], members=4))
     table = ALL["training_time"].compute(study).set_index(["run_type", "members"])
     assert table.loc[("local", 1), "seconds"] == 200
