@@ -14,7 +14,7 @@ from torch import Tensor
 
 import e2e_sae
 from e2e_sae.acts import Mean, Pass
-from e2e_sae.checkpoint.records import CheckpointInfo, StoredModel, StoredSAEInfo
+from e2e_sae.checkpoint.records import HELD_OUT, CheckpointInfo, StoredModel, StoredSAEInfo
 from e2e_sae.checkpoint.run_dir import RunDir
 from e2e_sae.config import Config
 from e2e_sae.dead_latents import DeadLatents
@@ -205,8 +205,16 @@ class Member:
         coeffs = {f"sparsity/coeff/{key.removeprefix('sparsity/')}": float(c) for key, c in result.coeffs.items()}
         return {**phase, "loss": result.total.item(), **measurements.compute(), **coeffs, **dead}
 
-    def save(self, n_samples: int, n_steps: int, loop_state: dict[str, Any]) -> None:
+    def save(
+        self, n_samples: int, n_steps: int, loop_state: dict[str, Any], evaluated: FiringCounts | None = None
+    ) -> None:
         """Writes a checkpoint into the run folder, if there is one.
+
+        Args:
+            n_samples: samples so far.
+            n_steps: steps so far.
+            loop_state: of the training loop.
+            evaluated: how often each latent fires on held-out data now; None: a window of training data says it.
 
         Raises:
             RunFailed: see `check`.
@@ -229,14 +237,14 @@ class Member:
                 dtype=str(sae.dtype).removeprefix("torch."),
                 scales=(sae.scales.read, sae.scales.write),
             )
-        counts = self.window.latest
+        counts = self.window.latest if evaluated is None else evaluated
         info = CheckpointInfo(
             library_version=e2e_sae.__version__,
             n_samples=n_samples,
             n_steps=n_steps,
             model=self._stored_model,
             saes=infos,
-            firing_data="training data: the newest whole window, or the one under way",
+            firing_data="a window of training data" if evaluated is None else HELD_OUT,
             firing_n_tokens=counts.n_tokens,
             files={},
         )

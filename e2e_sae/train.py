@@ -18,6 +18,7 @@ from torch import nn
 
 from e2e_sae.acts import Pass, TokenBatch
 from e2e_sae.checkpoint.files import write_json
+from e2e_sae.checkpoint.records import HELD_OUT
 from e2e_sae.checkpoint.run_dir import TIMING_FILE, RunDir
 from e2e_sae.config import Config
 from e2e_sae.data.batches import TokenBatches
@@ -260,12 +261,15 @@ class Trainer:
             found = evaluate_together([(member.model, member.final_loss) for member in members], batches, n_batches)
         return dict(zip(members, found, strict=True))
 
+    def evaluated_firing(self, member: Member) -> FiringCounts | None:
+        """Returns how often each latent fires on the held-out data, if it was just evaluated there."""
+        return self.last_firing.get(member) if self.state.evaluated_at == self.state.n_samples else None
+
     def final_firing(self, member: Member) -> tuple[FiringCounts, str]:
         """Returns how often each latent fires at the end, and on which data that was counted."""
         if self.eval_batches is not None:
-            if member in self.last_firing and self.state.evaluated_at == self.state.n_samples:
-                return self.last_firing[member], "held-out data"
-            return self._evaluate([member])[member].firing, "held-out data"
+            firing = self.evaluated_firing(member) or self._evaluate([member])[member].firing
+            return firing, HELD_OUT
         saes = member.model.saes_at()
         firing = FiringCounts({position.name: sae.d_sae for position, sae in saes.items()})
         n_samples = max(1, self.config.act_frequency_n_tokens // self.train_batches.n_ctx)
@@ -290,7 +294,7 @@ class Trainer:
         self.state.seconds = self.watch.seconds
         loop_state = {"loop": vars(self.state).copy()}
         with self.watch.stopped():
-            self._each(lambda member: member.save(self.state.n_samples, self.state.n_steps, loop_state))
+            self._each(lambda m: m.save(self.state.n_samples, self.state.n_steps, loop_state, self.evaluated_firing(m)))
 
     def timing(self) -> dict[str, float | int]:
         """Returns how long it has trained; of several members, all of them together."""

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from e2e_sae.acts import Mean, Pass, Position, TokenBatch
-from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint
+from e2e_sae.checkpoint.files import read_tensors
+from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint, read_checkpoint_info
 from e2e_sae.config import Config
 from e2e_sae.data.batches import RowOrder, StreamedBatches
 from e2e_sae.errors import RunFailed, UserError
@@ -438,6 +439,9 @@ def test_the_summary_counts_the_held_out_rows_and_repeats_the_last_evaluation(
     assert summary[f"sparsity/L_0_final/{A}"] == pytest.approx(last[f"sparsity/eval/L_0/{A}"])
     alive = last[f"sparsity/eval/alive_dict_elements/{A}"]
     assert summary[f"sparsity/alive_dict_elements_final/{A}"] == alive
+    newest = max(run.glob("samples_*"), key=lambda folder: int(folder.name.removeprefix("samples_")))
+    assert read_checkpoint_info(newest).firing_data == "held-out data"
+    assert int((read_tensors(newest / "firing.safetensors")[A] > 0).sum()) == alive
 
 
 def test_without_evaluation_data_the_summary_counts_training_data_and_says_so(

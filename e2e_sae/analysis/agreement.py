@@ -33,7 +33,7 @@ from e2e_sae.acts import Output, Pass, Position, TokenBatch
 from e2e_sae.analysis.agreement_sentences import TEMPLATES, Sentences, agreement_sentences
 from e2e_sae.analysis.compared import KEYS, Group, compared_groups, opened
 from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
-from e2e_sae.analysis.looks import add_legend, for_readers, grid, line_looks, line_panels, n_columns, panels_of
+from e2e_sae.analysis.looks import for_readers, grid, legend_below, line_looks, line_panels, n_columns, panels_of
 from e2e_sae.analysis.study import Study
 from e2e_sae.errors import UserError
 from e2e_sae.log import logger
@@ -274,7 +274,7 @@ def _by_kept(table: Any, column: str, ylabel: str) -> Any:
         ax.set_title(title, fontsize="medium")
     figure.supxlabel("latents kept (the others mean-ablated)", fontsize="medium")
     figure.supylabel(ylabel, fontsize="medium")
-    add_legend(figure, axes, loc="lower right")
+    legend_below(figure, axes)
     return figure
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from e2e_sae.analysis.lines import LABELS, legend_below, looks_of_types, panels_by
-from e2e_sae.analysis.looks import grid
+from e2e_sae.analysis.lines import LABELS, looks_of_types, panels_by
+from e2e_sae.analysis.looks import grid, legend_below
 from e2e_sae.analysis.matching import in_order
 
 _PLACE = ["model_name", "sae_pos", "architecture"]

@@ -7,7 +7,7 @@ where what they show spans more than `SPAN`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from e2e_sae.analysis.looks import LINES, grid
+from e2e_sae.analysis.looks import LINES, grid, legend_below
 from e2e_sae.analysis.matching import in_papers_order
 from e2e_sae.run_types import COLOURS, MARKERS, MORE_COLOURS
 
@@ -22,7 +22,6 @@ SPAN = 30
 """An axis is logarithmic where the largest value is so many times the smallest."""
 _N_ROWS = 4
 """So many panels stand below each other; more stand in two columns."""
-_N_LEGEND = 6
 _TITLE = 40
 """Characters of a title's line."""
 
@@ -104,19 +103,6 @@ def _draw_line(ax: Any, runs: Any, x: str, label: str, look: Mapping[str, Any], 
         points = of_seed.sort_values(x)
         first = {"label": label} if n == 0 else {"alpha": 0.5}
         ax.plot(points[x], points["CE_increase"], **options, **first)
-
-
-def legend_below(figure: Any, axes: Sequence[Any], title: str | None = None) -> None:
-    """Adds one legend for all axes below them."""
-    found: dict[str, Any] = {}
-    for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    longest = max((len(label) for label in found), default=1)
-    columns = max(1, min(len(found), _N_LEGEND, int(figure.get_size_inches()[0] * 9 // (longest + 6))))
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.22 * -(-len(found) // columns) + 0.3)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, title=title)
 
 
 def spans_decades(values: Any) -> bool:

@@ -14,21 +14,24 @@ LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1,
 """Line styles, the plainest first."""
 MANY_LINES = 8
 """A panel with more lines is split by architecture."""
-_FEW_LABELS = 6
+_N_LEGEND = 6
+"""Most labels of a legend that stand beside each other."""
 
 
 def line_looks(table: Any, panel: Any = None) -> dict[str, dict[str, Any]]:
     """Returns matplotlib's options of each label's lines: colour by `run_type`, style by the rest of the label.
 
     Args:
-        table: all rows: a type has the same colour everywhere.
-        panel: rows of the panel whose lines are to differ; None: all of them.
+        table: all rows: a type has the same colour everywhere, and a variant the same style, if the styles suffice.
+        panel: rows of the panel whose lines are to differ where they do not; None: all of them.
     """
     others = [kind for kind in table["run_type"].dropna().unique() if kind not in COLOURS]
     colours = {**COLOURS, **{kind: MORE_COLOURS[n % len(MORE_COLOURS)] for n, kind in enumerate(others)}}
-    shown = (table if panel is None else panel)[["label", "run_type"]].dropna().drop_duplicates("label")
-    pairs = [(row.label, row.run_type) for row in shown.itertuples(index=False)]
+    pairs = _pairs(table)
     variants = list(dict.fromkeys(_variant(*pair) for pair in pairs))
+    if panel is not None and len(variants) > len(LINES):
+        pairs = _pairs(panel)
+        variants = list(dict.fromkeys(_variant(*pair) for pair in pairs))
     of_kind = {kind: [_variant(*pair) for pair in pairs if pair[1] == kind] for kind in colours}
     looks: dict[str, dict[str, Any]] = {}
     for label, kind in pairs:
@@ -94,28 +97,29 @@ def grid(n_panels: int, n_columns: int, width: float, height: float, **shared: A
     return figure, kept
 
 
-def add_legend(figure: Any, panels: Sequence[Any], loc: str = "best") -> None:
-    """Adds a legend at `loc` to the first panel, if there are few lines in all, or to each, if each has few; else one
-    beside them all."""
-    by_panel = [dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True)) for ax in panels]
+def legend_below(figure: Any, axes: Sequence[Any], title: str | None = None) -> None:
+    """Adds one legend for all axes below them."""
     found: dict[str, Any] = {}
-    for own in by_panel:
-        found.update({label: handle for label, handle in own.items() if label not in found})
-    if len(found) <= _FEW_LABELS:
-        panels[0].legend(found.values(), found.keys(), loc=loc, fontsize="small")
-    elif max(map(len, by_panel)) <= _FEW_LABELS:
-        for ax, own in zip(panels, by_panel, strict=True):
-            ax.legend(own.values(), own.keys(), loc=loc, fontsize="small")
-    else:
-        width, height = figure.get_size_inches()
-        figure.set_size_inches(width + 2.2, max(height, 0.19 * len(found) + 0.6))
-        figure.legend(found.values(), found.keys(), loc="outside right upper", fontsize="small")
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    longest = max((len(label) for label in found), default=1)
+    columns = max(1, min(len(found), _N_LEGEND, int(figure.get_size_inches()[0] * 9 // (longest + 6))))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.22 * -(-len(found) // columns) + 0.3)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, title=title)
 
 
 def for_readers(keys: Mapping[str, Any], several_models: bool) -> dict[str, Any]:
     """Returns the cells that say in a table for readers which SAE a line is about."""
     model = {"model": keys["model_name"]} if several_models else {}
     return {**model, "SAE at": keys["sae_pos"], "run": keys["label"]}
+
+
+def _pairs(rows: Any) -> list[tuple[str, str]]:
+    """Returns label and type of each line, each label once."""
+    shown = rows[["label", "run_type"]].dropna().drop_duplicates("label")
+    return list(shown.itertuples(index=False, name=None))
 
 
 def _variant(label: str, run_type: str) -> str:

@@ -32,6 +32,8 @@ SEED_PAIR = "seed_pair"
 """Column of tables in which somebody has chosen the runs that are compared across seeds: a number for each pair."""
 REACH = 0.1
 """How far, as a share of it, a target may lie beyond the runs of a kind that is still compared."""
+MIN_VALUE = 1e-6
+"""Smaller ones, and negative CE increases, are as near to each other as can be."""
 N_POINTS = 20
 """Points that the summary number is the mean over (the paper's code)."""
 
@@ -84,10 +86,11 @@ def matched(table: Any, by: Measure) -> Any:
     """Returns comparable runs: one row for each kind at each place, with `target` and `distance` to it.
 
     The target is the value of a run of the reference (the paper's local SAEs; else local SAEs; else the kind with the
-    most runs): of the one that most kinds reach, and of several such, of the one nearest to their median. A kind
-    reaches it if it is between its runs, or no more than `REACH` beyond them. Of each such kind the run nearest to
-    the target is taken; of a kind with one run, that one. Where a column `matched_CE` (`_L0`, `_alive`) names runs of
-    a place, these are taken, and the target is their median.
+    most runs): of the one that most kinds reach, and of several such, of the one that they come nearest to: the
+    largest ratio between it and the nearest run of each is the smallest. A kind reaches it if it is between its runs,
+    or no more than `REACH` beyond them. Of each such kind the run nearest to the target is taken; of a kind with one
+    run, that one. Where a column `matched_CE` (`_L0`, `_alive`) names runs of a place, these are taken, and the target
+    is their median.
 
     Args:
         table: of runs.
@@ -217,14 +220,22 @@ def _target(runs: Any, column: str) -> float:
     reference = next(runs[chosen] for chosen in (is_papers, is_local, most) if chosen.any())
     values = np.sort(reference[column].unique())
     by_kind = [own[column] for _, own in runs.groupby("kind")]
-    n_reached = np.array([sum(_reaches(own, value) for own in by_kind) for value in values])
-    best = values[n_reached == n_reached.max()]
-    return float(best[np.abs(best - reference[column].median()).argmin()])
+    reached = [[own for own in by_kind if _reaches(own, value)] for value in values]
+    ranks = [
+        (-len(kinds), max(_distance(own, value) for own in kinds), abs(value - reference[column].median()))
+        for value, kinds in zip(values, reached, strict=True)
+    ]
+    return float(values[ranks.index(min(ranks))])
 
 
 def _reaches(values: Any, target: Any) -> bool:
     slack = REACH * abs(target)
     return bool(values.min() - slack <= target <= values.max() + slack)
+
+
+def _distance(values: Any, target: Any) -> float:
+    """Returns how far the nearest of the values is from the target, as a logarithm of their ratio."""
+    return float(np.abs(np.log(np.maximum(values, MIN_VALUE) / max(target, MIN_VALUE))).min())
 
 
 def _precedence(runs: Any) -> tuple[int, float, float]:

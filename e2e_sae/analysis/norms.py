@@ -9,7 +9,7 @@ from typing import Any
 
 from e2e_sae.analysis.compared import KEYS, compared_groups
 from e2e_sae.analysis.item import Analysis, Figure
-from e2e_sae.analysis.looks import add_legend, for_readers, grid, line_looks, line_panels, n_columns, panels_of
+from e2e_sae.analysis.looks import for_readers, grid, legend_below, line_looks, line_panels, n_columns, panels_of
 from e2e_sae.analysis.reconstructions import N_SAMPLED, reconstructions
 from e2e_sae.analysis.study import Study
 
@@ -95,7 +95,7 @@ def draw_norms(table: Any) -> Any:
         ax.set_title(title, fontsize="small")
     figure.supxlabel("L2 norm of the activation, ||a||")
     figure.supylabel("L2 norm of the SAE's output, ||a_hat||")
-    add_legend(figure, axes, loc="upper left")
+    legend_below(figure, axes)
     return figure
 
 
@@ -119,7 +119,7 @@ def _by_position(table: Any, column: str, ylabel: str) -> Any:
         for label, line in part.groupby("label", sort=False):
             ax.plot(line["position"], line[column], label=label, **looks[label])
         ax.set(xlabel="position in the row (tokens)", ylabel=ylabel, title=title)
-    add_legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -135,7 +135,7 @@ def draw_cosines(table: Any) -> Any:
             ax.stairs(share, [*line["low"], line["high"].iloc[-1]], label=label, **looks[label])
         ax.set(xlabel="cosine of activation and SAE's output", ylabel="tokens (%)", title=title)
     axes[0].set_xlim(float(bins[bins["n"] > 0]["low"].min()) - 0.02, 1.02)
-    add_legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
-from e2e_sae.analysis.lines import legend_below, looks_of_types, make_logarithmic, panels_by, spans_decades
-from e2e_sae.analysis.looks import grid
+from e2e_sae.analysis.lines import looks_of_types, make_logarithmic, panels_by, spans_decades
+from e2e_sae.analysis.looks import grid, legend_below
 from e2e_sae.analysis.matching import in_order, matched
 from e2e_sae.analysis.performance import measured, place_cells
 from e2e_sae.analysis.runs import layer_of

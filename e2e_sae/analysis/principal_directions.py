@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 from e2e_sae.analysis.clean_directions import Directions, clean_directions
 from e2e_sae.analysis.compared import KEYS, ComparedSAE, Group, compared_groups
 from e2e_sae.analysis.item import Analysis, Figure
-from e2e_sae.analysis.looks import CLEAN, add_legend, for_readers, grid, line_looks, line_panels, n_columns, panels_of
+from e2e_sae.analysis.looks import CLEAN, for_readers, grid, legend_below, line_looks, line_panels, n_columns, panels_of
 from e2e_sae.analysis.reconstructions import N_SAMPLED, N_SHOWN, Reconstruction, reconstructions
 from e2e_sae.analysis.study import Study
 
@@ -150,7 +150,7 @@ def draw_correlations(table: Any) -> Any:
         ax.set(xlabel="principal direction of the clean activations", title=title)
         ax.set_ylabel("r of input's and output's\ncomponents (positions > 0)")
     axes[0].set_ylim(min(0.0, float(table[table["measure"] == "r"]["value"].min())), 1.03)
-    add_legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -171,7 +171,7 @@ def draw_positions(table: Any) -> Any:
             ax.set_yscale("asinh", linear_width=_ordinary(part["value"]))
         ax.set(xlabel="position in the row (tokens)", ylabel="mean component")
         ax.set_title(title, fontsize="medium")
-    add_legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -204,11 +204,10 @@ def draw_decoders(table: Any) -> Any:
         for label, line in part.groupby("label", sort=False):
             ax.stairs(line["value"], [*line["low"], line["high"].iloc[-1]], label=label, **looks[label])
         ax.set(xlabel="cosine of decoder direction and direction 0", ylabel="active latents", title=title)
-        ax.set_ylim(top=1.4 * part["value"].max() + 1)  # room for the legend
     seen = bins[bins["value"] > 0]
     if len(seen):
         axes[0].set_xlim(float(seen["low"].min()) - 0.02, float(seen["high"].max()) + 0.02)
-    add_legend(figure, axes, loc="upper left")
+    legend_below(figure, axes)
     return figure
 
 

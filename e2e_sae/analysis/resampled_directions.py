@@ -23,7 +23,7 @@ from e2e_sae.acts import Output, Pass, Position, TokenBatch
 from e2e_sae.analysis.clean_directions import Directions, clean_directions, counted_of, vectors_of
 from e2e_sae.analysis.compared import Group, compared_groups
 from e2e_sae.analysis.item import Analysis, Figure
-from e2e_sae.analysis.looks import add_legend, grid, n_columns, panels_of
+from e2e_sae.analysis.looks import grid, legend_below, n_columns, panels_of
 from e2e_sae.analysis.study import Study
 from e2e_sae.models.runner import run_changed, run_clean
 from e2e_sae.ops.logits import kl_sum, with_kept_logits
@@ -153,7 +153,7 @@ def draw_resampled(table: Any) -> Any:
             ax.plot(part["direction"], part[column], markersize=4, label=label, **look)
         ax.set(xlabel="principal direction that is resampled", ylabel="KL (nats per token)", title=title)
         ax.set_ylim(bottom=0)
-    add_legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 

@@ -6,13 +6,12 @@ from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
 from e2e_sae.analysis.lines import (
     LABELS,
     in_thousands,
-    legend_below,
     looks_of_types,
     make_logarithmic,
     panels_by,
     spans_decades,
 )
-from e2e_sae.analysis.looks import grid
+from e2e_sae.analysis.looks import grid, legend_below
 from e2e_sae.analysis.matching import PLACE, REFERENCE, in_order, in_papers_order
 from e2e_sae.analysis.performance import COLUMNS, measured, place_cells
 from e2e_sae.analysis.study import Study

@@ -5,22 +5,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from e2e_sae.analysis.lines import legend_below, looks_of_types, panels_by
-from e2e_sae.analysis.looks import grid
+from e2e_sae.analysis.lines import looks_of_types, panels_by
+from e2e_sae.analysis.looks import grid, legend_below, n_columns
 from e2e_sae.analysis.matching import in_order
 
 N_OUTLINED = 12
 """Regions with an outline and a number in each panel."""
 _MAX_SHARE = 0.5
 """A region with a larger share of the latents is the bulk: an outline would be one round everything."""
-_N_COLUMNS = 3
 _AXES = {"xlabel": "UMAP 1 (no unit)", "ylabel": "UMAP 2 (no unit)", "xticks": [], "yticks": []}
 
 
 def draw_umaps(table: Any) -> Any:
     """Draws the points of each pair of runs, coloured by type, and the outlines of its first regions."""
     panels = panels_by(table, ["model_name", "sae_pos", "architecture", "pair"])
-    figure, axes = grid(len(panels), _N_COLUMNS, 5.0, 4.6)
+    figure, axes = grid(len(panels), n_columns(len(panels)), 5.0, 4.6)
     looks = looks_of_types(in_order(table["run_type"]))
     for (title, points), ax in zip(panels, axes, strict=True):
         _draw_points(ax, points, looks)
@@ -38,7 +37,7 @@ def draw_first_direction(table: Any) -> Any:
     """Draws the points of each pair of runs, coloured by cosine with the first principal direction, those with the
     greatest in size on top."""
     panels = panels_by(table, ["model_name", "sae_pos", "architecture", "pair"])
-    figure, axes = grid(len(panels), _N_COLUMNS, 5.0, 4.6)
+    figure, axes = grid(len(panels), n_columns(len(panels)), 5.0, 4.6)
     scale = float(table["cos_first_direction"].abs().max())
     drawn = None
     for (title, points), ax in zip(panels, axes, strict=True):

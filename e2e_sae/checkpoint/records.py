@@ -17,7 +17,8 @@ from e2e_sae.saes import SAEConfig
 FORMAT_VERSION = 2
 """2: SAEs have options. 1: they are all of the paper's kind."""
 
-
+HELD_OUT = "held-out data"
+"""What latents are counted on where a run is evaluated."""
 PAPERS_OPTIONS = SAEConfig().to_dict()
 """Options of the paper's SAEs."""
 _NOT_IN_FORWARD = {"decoder_init", "encoder_init", "b_dec_init", "input_norm"}
@@ -114,7 +115,8 @@ class CheckpointInfo(BaseConfig):
     saes: dict[str, StoredSAEInfo]
     """By position name."""
     firing_data: str
-    """What `firing.safetensors` counts on."""
+    """What `firing.safetensors` counts on: `HELD_OUT` if the run was evaluated here, else a window of training data,
+    which may lie far back."""
     firing_n_tokens: NonNegativeInt
     """Tokens it counts over."""
     files: dict[str, dict[str, int]]

@@ -11,7 +11,9 @@ from e2e_sae.analysis.alive import alive
 from e2e_sae.analysis.study import Study
 from e2e_sae.checkpoint import load_run
 from e2e_sae.checkpoint.legacy import write_legacy_saes
+from e2e_sae.checkpoint.records import HELD_OUT
 from e2e_sae.checkpoint.run_dir import RunDir, read_checkpoint_info
+from e2e_sae.errors import UserError
 from e2e_sae.models.runner import run_clean
 from tests.analysis.tiny_studies import random_decoder, study_of, train_with_eval_data, write_legacy_run
 from tests.tiny_runs import console
@@ -37,15 +39,36 @@ def as_legacy(run: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_latent_is_alive_where_the_run_saw_it_fire(run: Path, tmp_path: Path):
+def test_a_latent_is_alive_where_the_run_s_evaluation_saw_it_fire(run: Path, tmp_path: Path):
     copy = RunDir.open(shutil.copytree(run, tmp_path / "copy"))
     stored, info = load_run(copy.path), read_checkpoint_info(copy.checkpoints()[0])
     counts = torch.arange(32) % 3
     tensors = {name: sae.tensors for name, sae in stored.saes.items()}
-    later = info.model_copy(update={"n_samples": info.n_samples + 1})
+    later = info.model_copy(update={"n_samples": info.n_samples + 1, "firing_data": HELD_OUT})
     copy.save(later, tensors, {POINT: counts}, {})
     study = study_of(copy.path)
     assert torch.equal(alive(study, study.table["id"][0], POINT), counts > 0)
+
+
+def test_what_training_counted_stands_in_where_nothing_can_be_counted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copy = RunDir.open(shutil.copytree(run, tmp_path / "copy"))
+    stored, info = load_run(copy.path), read_checkpoint_info(copy.checkpoints()[0])
+    counts = torch.arange(32) % 3
+    tensors = {name: sae.tensors for name, sae in stored.saes.items()}
+    copy.save(info.model_copy(update={"n_samples": info.n_samples + 1}), tensors, {POINT: counts}, {})
+    study = study_of(copy.path)
+    assert info.firing_data != HELD_OUT
+    assert not torch.equal(alive(study, study.table["id"][0], POINT), counts > 0)
+
+    def unavailable(*_: object) -> None:
+        raise UserError("there is no data")
+
+    monkeypatch.setattr("e2e_sae.analysis.alive.activities", unavailable)
+    with console() as said:
+        assert torch.equal(alive(study, study.table["id"][0], POINT), counts > 0)
+    assert "those that fired in training; counting them anew failed: there is no data" in said[0]
 
 
 def test_counts_of_no_tokens_do_not_count(run: Path, tmp_path: Path):

@@ -142,6 +142,14 @@ def test_matched_runs_are_the_nearest_to_a_local_run_that_most_kinds_reach(by: A
         assert row["distance"] == pytest.approx(row[column] - row["target"])
 
 
+def test_of_targets_that_all_kinds_reach_it_is_the_one_they_come_nearest_to() -> None:
+    local, e2e = [(10.0, 3.0), (20.0, 1.0), (40.0, 0.3)], [(5.0, 4.0), (9.0, 1.8), (16.0, 0.28)]
+    found = matched(table_of(runs("local", local), runs("e2e", e2e)), "CE")
+    # Ratios to the nearest: 4 / 3, 1.8 / 1 and 0.3 / 0.28.
+    assert found["target"].tolist() == [0.3, 0.3]
+    assert found["L0"].tolist() == [40.0, 16.0]
+
+
 def test_each_position_has_a_target_of_its_own_and_a_single_run_is_always_compared() -> None:
     other: dict[str, Any] = {"sae_pos": "blocks.10.hook_resid_pre", "layer": 10}
     table = table_of(
