@@ -24,10 +24,11 @@ def directions(n: int, d: int = 6, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
 
 
-@pytest.fixture(params=[2**24, 50, 1])
+@pytest.fixture(params=[(2**24, 64), (50, 2), (1, 2)])
 def any_block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All in one block, some rows in each, one row in each."""
-    monkeypatch.setattr(similarity, "BLOCK_SIZE", request.param)
+    """All in one block, some rows in each, one row in each; without and with groups of columns."""
+    monkeypatch.setattr(similarity, "BLOCK_SIZE", request.param[0])
+    monkeypatch.setattr(similarity, "GROUP_SIZE", request.param[1])
 
 
 @pytest.mark.usefixtures("any_block_size")
