@@ -9,7 +9,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED = ("demos/*.yaml", "demos/sweeps/*.yaml", "demos/stdlib_gpt2/*", "benchmarks/*.py")
+SHIPPED = ("demos/*.yaml", "demos/sweeps/*.yaml", "demos/analysis/*.yaml", "demos/stdlib_gpt2/*", "benchmarks/*.py")
 
 
 class BuildWithFolders(build_py):
