@@ -35,5 +35,5 @@ def chosen(names: list[str]) -> list[Analysis]:
     analyses = all_analyses()
     for name in names:
         if name not in analyses:
-            raise UserError(f"there is no analysis '{name}'{did_you_mean(name, analyses)}: e2e-sae analyse --list")
+            raise UserError(f"there is no analysis '{name}'.{did_you_mean(name, analyses)} (e2e-sae analyse --list)")
     return [analysis for name, analysis in analyses.items() if not names or name in names]

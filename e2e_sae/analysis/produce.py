@@ -14,7 +14,7 @@ from typing import Any
 from e2e_sae.analysis.item import Analysis, NotApplicable
 from e2e_sae.analysis.study import Study
 from e2e_sae.analysis.texts import as_latex, as_markdown
-from e2e_sae.checkpoint.files import new_file, write_text
+from e2e_sae.checkpoint.files import make_out_folder, new_file, write_text
 from e2e_sae.log import logger
 from e2e_sae.plotting import STYLE
 
@@ -30,7 +30,7 @@ def produce(study: Study, analyses: Sequence[Analysis], out: Path) -> dict[str, 
         analyses: in this order.
         out: folder, made if it is not there; files of an earlier time are written anew.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_out_folder(out)
     write_table(study.table, out / "runs.csv")
     made: dict[str, list[Path]] = {}
     for n, analysis in enumerate(analyses, start=1):

@@ -1,5 +1,6 @@
 """Reading and writing files so that nothing is ever half there: write under a temporary name, then rename."""
 
+import errno
 import json
 import os
 import pickle
@@ -29,6 +30,34 @@ def check_is_free(path: Path) -> None:
     """Raises a `UserError` if there is anything at `path` but an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"'{path}' is there already: name a new or an empty folder")
+
+
+@contextmanager
+def writing_below(folder: Path, name: str) -> Iterator[None]:
+    """Turns what goes wrong while folders are made at or below `folder` into a `UserError`, but for a full disk.
+
+    Args:
+        folder: that the user named.
+        name: of the setting or option.
+    """
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{name} '{folder}' is a file, not a folder: choose another {name}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{name} '{folder}' cannot be written ({error.strerror}): choose another {name}") from None
+
+
+def make_out_folder(folder: Path) -> None:
+    """Makes the folder that `--out` names, if it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    with writing_below(folder, "--out"):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -14,7 +14,6 @@
   my_file.py                 a copy of the file that an architecture of the user's own is defined in
 """
 
-import errno
 import re
 import shutil
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from e2e_sae.checkpoint.files import (
     write_pickled,
     write_tensors,
     write_text,
+    writing_below,
 )
 from e2e_sae.checkpoint.legacy import legacy_saes
 from e2e_sae.checkpoint.records import FORMAT_VERSION, CheckpointInfo, StoredRun, StoredSAE
@@ -70,7 +70,7 @@ class RunDir:
             UserError: `save_dir` cannot be written.
         """
         stem = f"{_file_name(run_name)}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        try:
+        with writing_below(save_dir, "save_dir"):
             save_dir.mkdir(parents=True, exist_ok=True)
             for n in range(10_000):
                 path = save_dir / (stem if n == 0 else f"{stem}_{n}")
@@ -81,14 +81,6 @@ class RunDir:
                 break
             else:
                 raise UserError(f"save_dir '{save_dir}' is full of folders named '{stem}': clean it up")
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"save_dir '{save_dir}' is a file, not a folder: choose another save_dir") from None
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"save_dir '{save_dir}' cannot be written ({error.strerror}): choose another save_dir"
-            ) from None
         try:
             write_text(path / CONFIG_FILE, config_yaml)
         except OSError:

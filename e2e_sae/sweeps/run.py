@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from e2e_sae.checkpoint.files import write_text
+from e2e_sae.checkpoint.files import make_out_folder, write_text
 from e2e_sae.errors import Interrupted, RunFailed, UserError, did_you_mean
 from e2e_sae.interrupts import stop_requests
 from e2e_sae.log import logger
@@ -70,10 +70,8 @@ def run_sweeps(
     folder = Path("out/sweeps", "+".join(names)) if out is None else Path(out)
     sweep_dir = folder.resolve()
     plans = [plan_sweep(s, overrides, _cost_of(s, sweep_dir), sweep_dir / f"{s.name}.points.json") for s in sweeps]
-    try:
-        (sweep_dir / "runs").mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out '{folder}' is a file, not a folder: choose another one") from None
+    make_out_folder(folder)
+    (sweep_dir / "runs").mkdir(exist_ok=True)
     with _locked(folder):
         for sweep in sweeps:
             write_text(sweep_dir / f"{sweep.name}.yaml", sweep.file.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from e2e_sae.scripts.cli import main
+from tests.analysis.tiny_studies import random_decoder, write_legacy_run
 from tests.bad_input.bench import Bench, checkpoints
 
 
@@ -30,6 +31,15 @@ def test_a_save_dir_that_cannot_be_written_is_refused(
         pytest.skip("/proc is Linux's")
     message = refused("train", bench.config, *bench.sets([f"save_dir={save_dir}"]))
     assert words.replace("FOLDER", str(bench.folder)) in message
+
+
+@pytest.mark.parametrize("command", [["analyse"], ["interpret", "--offline"]])
+def test_an_out_that_is_a_file_is_refused(
+    bench: Bench, refused: Callable[..., str], command: list[str], tmp_path: Path
+) -> None:
+    run = write_legacy_run(tmp_path / "run", "local", random_decoder(4))
+    message = refused(command[0], run, *command[1:], "--out", bench.folder / "a_file")
+    assert message == f"error: --out '{bench.folder / 'a_file'}' is a file, not a folder: choose another --out\n"
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_killed_at_random_moments_a_sweep_ends_with_the_same_weights(
         (["{file}", "{file}"], "the sweep files of one call need different names"),
         (["{file}", "--jobs", "0"], "--jobs and --count must be at least 1"),
         (["{file}", "--count", "-1"], "--jobs and --count must be at least 1"),
-        (["{file}", "--out", "{file}"], "is a file, not a folder: choose another one"),
+        (["{file}", "--out", "{file}"], "is a file, not a folder: choose another --out"),
         (["{file}", "--set", "n_sample=3"], "unknown config key 'n_sample'. Did you mean 'n_samples'"),
     ],
 )

@@ -24,6 +24,7 @@ from e2e_sae.analysis.interpret.parallel import in_threads
 from e2e_sae.analysis.interpret.report import Interpretation, StudiedLatent, write_results
 from e2e_sae.analysis.interpret.token_statistics import NAME, SCORER, token_explanation, token_scores
 from e2e_sae.analysis.study import Study
+from e2e_sae.checkpoint.files import make_out_folder
 from e2e_sae.errors import Interrupted
 from e2e_sae.interrupts import stop_requests
 from e2e_sae.log import logger
@@ -68,7 +69,7 @@ def interpret(study: Study, wanted: Wanted, out: Path, online: Online | None) ->
         RunFailed: the endpoint does not answer.
         Interrupted: by a signal; what was answered is kept.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_out_folder(out)
     latents = _studied(study, wanted)
     if online is None:
         explainer, scored_by = NAME, SCORER
