@@ -20,7 +20,7 @@ from e2e_sae.analysis.bootstrap import mean_difference
 from e2e_sae.analysis.dictionaries import Dictionary, across, dictionary, within
 from e2e_sae.analysis.geometry_figures import draw_across, draw_against_sparsity, draw_within
 from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
-from e2e_sae.analysis.matching import REFERENCE, SEED_PAIR, SETTINGS, in_order, matched
+from e2e_sae.analysis.matching import REFERENCE, SEED_PAIR, SETTINGS, in_order, main_runs, matched
 from e2e_sae.analysis.study import Study
 from e2e_sae.log import logger
 from e2e_sae.progress import progress_bar
@@ -72,10 +72,11 @@ def within_table(study: Study) -> Any:
 
 
 def sparsity_table(study: Study) -> Any:
-    """Returns the mean of each run's largest cosines within its dictionary, with its L0 and CE increase."""
+    """Returns the mean of the largest cosines within the dictionary of each run of the frontiers, with its L0 and CE
+    increase."""
     import pandas as pd
 
-    rows = study.table
+    rows = main_runs(study.table)
     if not rows.duplicated(["model_name", "sae_pos", "kind"]).any():
         raise NotApplicable("it wants several runs of a kind")
     bar = progress_bar(_dictionaries(study, rows, at_least=2), total=len(rows), desc="dictionaries")
@@ -232,7 +233,7 @@ ANALYSES = (
     ),
     Analysis(
         "within_similarity_all",
-        f"{_ABOUT} within dictionaries against L0, CE increase and alive latents, all runs (fig. 7)",
+        f"{_ABOUT} within dictionaries against L0, CE increase and alive latents (fig. 7)",
         sparsity_table,
         [Figure("within_similarity_all", draw_against_sparsity)],
     ),

@@ -89,8 +89,9 @@ def matched(table: Any, by: Measure) -> Any:
     most runs): of the one that most kinds reach, and of several such, of the one that they come nearest to: the
     largest ratio between it and the nearest run of each is the smallest. A kind reaches it if it is between its runs,
     or no more than `REACH` beyond them. Of each such kind the run nearest to the target is taken; of a kind with one
-    run, that one. Where a column `matched_CE` (`_L0`, `_alive`) names runs of a place, these are taken, and the target
-    is their median.
+    run, that one. Only runs of one seed are looked at, the first that most kinds have (of kinds without it all runs):
+    SAEs that begin alike stay alike. Where a column `matched_CE` (`_L0`, `_alive`) names runs of a place, these are
+    taken, and the target is their median.
 
     Args:
         table: of runs.
@@ -101,6 +102,7 @@ def matched(table: Any, by: Measure) -> Any:
     targets: dict[Any, float] = {}
     for _, runs in measured.groupby(PLACE, sort=False, dropna=False):
         known = runs[runs[chosen_before]] if chosen_before in runs else runs.head(0)
+        runs = runs if len(known) else _of_one_seed(runs)
         target = float(known[column].median()) if len(known) else _target(runs, column)
         for kind, own in runs.groupby("kind"):
             named = known[known["kind"] == kind]
@@ -210,6 +212,13 @@ def _read_off(table: Any, given: dict[str, Sequence[int | float]], read: Any, co
         head = dict(zip([*PLACE, "kind", "seed"], key, strict=True))
         rows += [{**head, name: value, column: result} for value, result in zip(values, found, strict=True)]
     return pd.DataFrame(rows)
+
+
+def _of_one_seed(runs: Any) -> Any:
+    """Returns of each kind the runs of the first seed that most kinds have; of kinds without it all runs."""
+    n_kinds = runs.groupby("seed")["kind"].nunique()
+    is_seed = runs["seed"] == n_kinds.index[n_kinds == n_kinds.max()].min()
+    return runs[is_seed | ~runs["kind"].isin(runs["kind"][is_seed])]
 
 
 def _target(runs: Any, column: str) -> float:

@@ -12,19 +12,19 @@ from e2e_sae.analysis.lines import (
     spans_decades,
 )
 from e2e_sae.analysis.looks import grid, legend_below
-from e2e_sae.analysis.matching import PLACE, REFERENCE, in_order, in_papers_order
+from e2e_sae.analysis.matching import PLACE, REFERENCE, in_order, in_papers_order, main_runs
 from e2e_sae.analysis.performance import COLUMNS, measured, place_cells
 from e2e_sae.analysis.study import Study
 from e2e_sae.log import logger
 
 
 def grad_norm_table(study: Study) -> Any:
-    """Returns the runs with a mean gradient norm: a row for each run and position.
+    """Returns the runs of the frontiers that have a mean gradient norm: a row for each run and position.
 
     Raises:
         NotApplicable: none has one.
     """
-    table = measured(study.table).dropna(subset=["mean_grad_norm"])
+    table = main_runs(measured(study.table)).dropna(subset=["mean_grad_norm"])
     if table.empty:
         raise NotApplicable("it wants runs that logged grad_norm (max_grad_norm in their config)")
     return table[COLUMNS].reset_index(drop=True)

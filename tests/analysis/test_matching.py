@@ -150,6 +150,24 @@ def test_of_targets_that_all_kinds_reach_it_is_the_one_they_come_nearest_to() ->
     assert found["L0"].tolist() == [40.0, 16.0]
 
 
+def test_runs_of_one_seed_are_compared_where_there_is_one() -> None:
+    near, far = [(10.0, 1.0)], [(10.0, 1.2)]
+    table = table_of(
+        runs("local", near, seed=1),
+        runs("local", far, seed=0),
+        runs("local", near, seed=2),
+        runs("e2e", near, seed=2),
+        runs("e2e", far, seed=0),
+        runs("e2e+ds", near, seed=5),
+    )
+    found = matched(table, "CE")
+    assert found[["kind", "seed", "CE_increase"]].to_numpy().tolist() == [
+        ["local", 0, 1.2],
+        ["e2e", 0, 1.2],
+        ["e2e+ds", 5, 1.0],
+    ]
+
+
 def test_each_position_has_a_target_of_its_own_and_a_single_run_is_always_compared() -> None:
     other: dict[str, Any] = {"sae_pos": "blocks.10.hook_resid_pre", "layer": 10}
     table = table_of(
