@@ -271,8 +271,8 @@ def _by_kept(table: Any, column: str, ylabel: str) -> Any:
             ax.plot(line["n_kept"], line[column], marker="o", markersize=3, label=label, **looks[label])
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xlim(left=0)
+        ax.set_xlabel("latents kept (the others mean-ablated)")
         ax.set_title(title, fontsize="medium")
-    figure.supxlabel("latents kept (the others mean-ablated)", fontsize="medium")
     figure.supylabel(ylabel, fontsize="medium")
     legend_below(figure, axes)
     return figure

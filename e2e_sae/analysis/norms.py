@@ -91,10 +91,9 @@ def draw_norms(table: Any) -> Any:
             look = {"color": colour, "s": area, "linewidths": 0, "alpha": 0.6}
             if len(here):
                 ax.scatter(here["norm_in"], here["norm_out"], **look, label=place)
-        ax.set(xscale=scale, yscale=scale, xlim=ends, ylim=ends)
+        ax.set(xscale=scale, yscale=scale, xlim=ends, ylim=ends, xlabel="norm of the activation")
         ax.set_title(title, fontsize="small")
-    figure.supxlabel("L2 norm of the activation, ||a||")
-    figure.supylabel("L2 norm of the SAE's output, ||a_hat||")
+    figure.supylabel("L2 norm of the SAE's output")
     legend_below(figure, axes)
     return figure
 
