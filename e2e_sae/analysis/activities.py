@@ -45,7 +45,7 @@ def data_key(study: Study, run_id: str, position: str) -> dict[str, Any]:
     config = study.config(run)
     return {
         "sae": [study.fingerprint(run_id), position],
-        "lm": study.lm_config(run).to_dict(),
+        "lm": study.lm_key(run),
         "data": (config.eval_data or config.train_data).to_dict(),
         "seed": config.seed,
         "n_samples": study.n_samples,

@@ -46,7 +46,7 @@ class ComparedSAE:
 
 @dataclass(frozen=True)
 class Group:
-    """SAEs of one language model whose runs are evaluated on the same data: they share clean activations."""
+    """SAEs of one language model: they share clean activations."""
 
     saes: tuple[ComparedSAE, ...]
     """At least one. Token rows are those of the first one's run, in its order."""
@@ -86,13 +86,20 @@ def compared_groups(study: Study) -> list[Group]:
         raise NotApplicable("it wants SAEs that write where they read, and there are none among these runs")
     found: dict[str, list[ComparedSAE]] = {}
     for row, label in zip(rows, labels(rows), strict=True):
-        facts = facts_of(study, row["id"])
+        lm = json.dumps(study.lm_key(study.stored(row["id"])))
         keys = {**{key: str(row[key]) for key in KEYS if key != "label"}, "label": label}
-        found.setdefault(json.dumps(facts), []).append(ComparedSAE(keys, study.fingerprint(row["id"])))
-    return [
-        Group(tuple(saes), {**json.loads(facts), "saes": [[sae.point, sae.fingerprint] for sae in saes]})
-        for facts, saes in found.items()
-    ]
+        found.setdefault(lm, []).append(ComparedSAE(keys, study.fingerprint(row["id"])))
+    return [_group(study, saes) for saes in found.values()]
+
+
+def _group(study: Study, saes: Sequence[ComparedSAE]) -> Group:
+    facts = facts_of(study, saes[0].run_id)
+    others = [sae.run_id for sae in saes if facts_of(study, sae.run_id) != facts]
+    if others:
+        logger.info(
+            f"note: {', '.join(others)} were evaluated on other data than {saes[0].run_id}, whose rows are taken"
+        )
+    return Group(tuple(saes), {**facts, "saes": [[sae.point, sae.fingerprint] for sae in saes]})
 
 
 def facts_of(study: Study, run_id: str) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def facts_of(study: Study, run_id: str) -> dict[str, Any]:
     config = study.config(run)
     # Another seed is another order of the same rows.
     data = {**(config.eval_data or config.train_data).to_dict(), "seed": None}
-    return {"lm": study.lm_config(run).to_dict(), "data": data}
+    return {"lm": study.lm_key(run), "data": data}
 
 
 def opened(study: Study, group: Group) -> list[SAE]:

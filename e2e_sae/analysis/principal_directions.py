@@ -119,7 +119,7 @@ def text(table: Any) -> Any:
     rows: list[dict[str, Any]] = []
     several = table["model_name"].nunique() > 1
     for _, part in panels_of(table):
-        clean = part[(part["label"] == "clean") & (part["direction"] == 0)].set_index("measure")["value"]
+        clean = part[(part["label"] == "clean") & (part["direction"] == 0)].groupby("measure")["value"].first()
         r = part[part["measure"] == "r"]
         for keys, of_sae in r.groupby(list(KEYS), sort=False):
             at = of_sae.set_index(["place", "direction"])["value"]

@@ -4,6 +4,7 @@ Everything an analysis needs of a run comes from here, so that a language model 
 share it, and what took long to compute is computed once.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from e2e_sae.acts import TokenBatch
 from e2e_sae.base_config import apply_overrides
 from e2e_sae.checkpoint import load_run
-from e2e_sae.checkpoint.files import read_tensors, write_tensors
+from e2e_sae.checkpoint.files import fingerprint, read_tensors, write_tensors
 from e2e_sae.checkpoint.records import StoredRun
 from e2e_sae.checkpoint.run_dir import CONFIG_FILE
 from e2e_sae.checkpoint.sources import fetch_wandb_run
@@ -66,6 +67,7 @@ class Study:
         self._overrides = list(overrides)
         self._lm: tuple[LMConfig, nn.Module] | None = None
         self._fingerprints: dict[str, str] = {}
+        self._content_of = functools.cache(_content)
 
     @cached_property
     def sources(self) -> dict[str, str]:
@@ -96,6 +98,14 @@ class Study:
         """Returns which language model a run belongs to, with the study's overrides."""
         moved = any(override.startswith(("tlens_", "dtype")) for override in self._overrides)
         return self.config(run).lm if moved else lm_config_of(run)
+
+    def lm_key(self, run: StoredRun) -> dict[str, Any]:
+        """Returns what tells a run's language model from others: a local one by its files, wherever they lie."""
+        key = self.lm_config(run).to_dict()
+        path = key["tlens_model_path"] and Path(key["tlens_model_path"])
+        if path and path.exists():
+            key["tlens_model_path"] = self._content_of(path)
+        return key
 
     def lm(self, run: StoredRun) -> nn.Module:
         """Returns a run's language model; the latest one is kept."""
@@ -169,6 +179,12 @@ class Study:
     def _digest(self, run_id: str) -> str:
         saes = self.stored(run_id).saes
         return digest_of({f"{name}/{key}": tensor for name, sae in saes.items() for key, tensor in sae.tensors.items()})
+
+
+def _content(path: Path) -> dict[str, dict[str, int]]:
+    """Returns size and CRC-32 of a file, or of those in a folder, by name."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return {file.relative_to(path).as_posix(): fingerprint(file) for file in files}
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -1,5 +1,6 @@
 """Analyses on activations from trained runs to files: what is compared, what is left out, what is kept in the cache."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,30 @@ def test_what_is_in_the_cache_is_not_computed_again(
         pd.testing.assert_frame_equal(again, first, check_dtype=False)
 
 
-def test_runs_of_one_model_and_data_set_share_their_pass_and_others_do_not(runs: Path, tmp_path: Path) -> None:
+def test_a_language_model_is_known_by_its_files_wherever_they_lie(
+    runs: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    copied = shutil.copytree(tiny_folder("gpt2"), tmp_path / "elsewhere")
+    study, moved = study_of(runs, tmp_path), study_of(runs, tmp_path, overrides=[f"tlens_model_path={copied}"])
+    run = study.stored(study.table["id"][0])
+    assert study.lm_key(run) == moved.lm_key(run)
+    with (copied / "config.json").open("a") as config:
+        config.write(" ")
+    assert study.lm_key(run) != study_of(runs, tmp_path, overrides=[f"tlens_model_path={copied}"]).lm_key(run)
+
+
+def test_runs_evaluated_on_other_data_are_looked_at_on_the_first_ones(runs: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(runs, tmp_path / "runs")
+    (config,) = copied.glob("e2e/*/final_config.yaml")
+    rows = shutil.copy(runs / "rows.parquet", tmp_path / "other.parquet")
+    config.write_text(config.read_text().replace(str(runs / "rows.parquet"), str(rows)))
+    with console() as said:
+        (group,) = compared_groups(study_of(copied, tmp_path))
+    assert len(group.saes) == 3
+    assert any("were evaluated on other data than" in line for line in said)
+
+
+def test_runs_of_one_model_share_their_pass(runs: Path, tmp_path: Path) -> None:
     (group,) = compared_groups(study_of(runs, tmp_path))
     assert [(sae.point, sae.keys["label"]) for sae in group.saes] == [(FIRST, "local"), (FIRST, "e2e"), (SECOND, "e2e")]
     assert group.points == [FIRST, SECOND]
