@@ -29,7 +29,7 @@ def line_looks(table: Any, panel: Any = None) -> dict[str, dict[str, Any]]:
     colours = {**COLOURS, **{kind: MORE_COLOURS[n % len(MORE_COLOURS)] for n, kind in enumerate(others)}}
     pairs = _pairs(table)
     variants = list(dict.fromkeys(_variant(*pair) for pair in pairs))
-    if panel is not None and len(variants) > len(LINES):
+    if panel is not None and (len(variants) > len(LINES) or not set(panel["label"]) <= set(table["label"])):
         pairs = _pairs(panel)
         variants = list(dict.fromkeys(_variant(*pair) for pair in pairs))
     of_kind = {kind: [_variant(*pair) for pair in pairs if pair[1] == kind] for kind in colours}
@@ -56,7 +56,7 @@ def panels_of(table: Any) -> list[tuple[str, Any]]:
 
 def line_panels(table: Any) -> list[tuple[str, Any]]:
     """Returns (title, rows) as `panels_of`; a hook point with more than `MANY_LINES` labels has a panel for each
-    architecture, with the rows of none (the clean activations) in all of them."""
+    architecture, whose labels do not repeat it, with the rows of none (the clean activations) in all of them."""
     panels: list[tuple[str, Any]] = []
     for title, part in panels_of(table):
         architectures = part["architecture"].dropna().unique()
@@ -64,7 +64,9 @@ def line_panels(table: Any) -> list[tuple[str, Any]]:
             panels.append((title, part))
             continue
         everywhere = part["architecture"].isna()
-        panels += [(f"{title}, {name}", part[everywhere | (part["architecture"] == name)]) for name in architectures]
+        for name in architectures:
+            own = part[everywhere | (part["architecture"] == name)]
+            panels.append((f"{title}, {name}", own.assign(label=own["label"].str.removeprefix(f"{name} "))))
     return panels
 
 
