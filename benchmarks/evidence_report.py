@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import BY_K, BY_PENALTY, START
-from e2e_sae.analysis.lines import LABELS, legend_below, looks_of_names
-from e2e_sae.analysis.looks import LINES, grid
+from e2e_sae.analysis.lines import LABELS, looks_of_names
+from e2e_sae.analysis.looks import LINES, grid, legend_below
 from e2e_sae.analysis.produce import save_figure, write_table
 from e2e_sae.analysis.runs import runs_table
 from e2e_sae.analysis.texts import as_markdown

@@ -122,6 +122,15 @@ def L0_at_equal_CE(table: Any, CE_increases: Sequence[int | float]) -> Any:
     return _read_off(table, {"CE_increase": CE_increases}, lambda front: front.x_at(CE_increases), "L0")
 
 
+def common_level(table: Any, column: str) -> float:
+    """Returns the value of a run that most kinds have on both sides: of several such, the one in the middle."""
+    ranges = [(own.min(), own.max()) for _, own in table.groupby("kind")[column]]
+    values = np.sort(table[column].unique())
+    n_reached = np.array([sum(low <= value <= high for low, high in ranges) for value in values])
+    best = values[n_reached == n_reached.max()]
+    return float(best[(len(best) - 1) // 2])
+
+
 def summary_numbers(table: Any) -> Any:
     """Returns what share of the local SAEs' CE increase each type has at the same L0, and at as many alive elements.
 

@@ -5,7 +5,19 @@ from typing import Any
 
 from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
 from e2e_sae.analysis.lines import draw_costs, looks_of_types, panels_by
-from e2e_sae.analysis.matching import SETTINGS, Measure, in_order, main_runs, matched, summary_numbers
+from e2e_sae.analysis.matching import (
+    PLACE,
+    SETTINGS,
+    L0_at_equal_CE,
+    Measure,
+    at_equal_L0,
+    common_level,
+    in_order,
+    in_papers_order,
+    main_runs,
+    matched,
+    summary_numbers,
+)
 from e2e_sae.analysis.study import Study
 from e2e_sae.log import logger
 
@@ -127,8 +139,62 @@ def sparsity_text(row: Any) -> str:
     return f"λ = {row['sparsity_coeff']:g}"
 
 
-def _with_spread(mean: float, spread: float) -> str:
-    return f"{mean:.2f}" if spread != spread else f"{mean:.2f} ± {spread:.2f}"
+def _with_spread(mean: float, spread: float, decimals: int = 2) -> str | None:
+    if mean != mean:
+        return None
+    return f"{mean:.{decimals}f}" if spread != spread else f"{mean:.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def interpolated_table(study: Study) -> Any:
+    """Returns a row for each kind and position: its CE increase at an L0, and its L0 at a CE increase, both read off
+    the frontiers of each seed (`matching.frontier`); NaN beyond them.
+
+    Levels (`at_L0`, `at_CE_increase`) are those of `matching.common_level`. `CE_increase` and `L0`: means over seeds;
+    `..._spread`: their standard deviations, NaN for one seed; `seeds`: how many reach the L0.
+
+    Raises:
+        NotApplicable: there are no two kinds at one position, or none has runs on both sides of a level.
+    """
+    import pandas as pd
+
+    rows: list[Any] = []
+    for key, runs in main_runs(measured(study.table)).groupby(PLACE, sort=False, dropna=False):
+        if runs["kind"].nunique() < 2:
+            continue
+        at = {name: common_level(runs, name) for name in ("L0", "CE_increase")}
+        columns = {"CE_increase": at_equal_L0(runs, [at["L0"]]), "L0": L0_at_equal_CE(runs, [at["CE_increase"]])}
+        kinds = runs.drop_duplicates("kind").set_index("kind")[["layer", "architecture", "run_type"]]
+        found = kinds.assign(
+            **dict(zip(PLACE, key, strict=True)), **{f"at_{name}": level for name, level in at.items()}
+        )
+        for name, read in columns.items():
+            by_kind = read.groupby("kind")[name]
+            found[name], found[f"{name}_spread"] = by_kind.mean(), by_kind.std()
+        found["seeds"] = columns["CE_increase"].groupby("kind")["CE_increase"].count()
+        rows.append(found.dropna(subset=list(columns), how="all").reset_index())
+    rows = [found for found in rows if len(found) > 1]
+    if not rows:
+        raise NotApplicable("it wants runs of two kinds at one position, with several sparsities each")
+    return in_papers_order(pd.concat(rows, ignore_index=True)).reset_index(drop=True)
+
+
+def interpolated_text(table: Any) -> Any:
+    """Returns what was read off the frontiers as readers see it."""
+    import pandas as pd
+
+    rows = [
+        {
+            **place_cells(table, row),
+            "type": row["run_type"],
+            "at L0": row["at_L0"],
+            "CE increase": _with_spread(row["CE_increase"], row["CE_increase_spread"], 3),
+            "at CE increase": row["at_CE_increase"],
+            "L0": _with_spread(row["L0"], row["L0_spread"], 1),
+            "seeds": row["seeds"],
+        }
+        for row in table.to_dict("records")
+    ]
+    return pd.DataFrame(rows)
 
 
 _TABLES: dict[Measure, tuple[str, str]] = {
@@ -151,6 +217,13 @@ ANALYSES = (
         frontier_table,
         text=frontier_text,
         decimals=dict.fromkeys((f"of local's {what} at same CE increase" for what in ("L0", "alive")), 2),
+    ),
+    Analysis(
+        "interpolated",
+        "CE increase of each kind at the same L0, and L0 at the same CE increase, read off the frontiers",
+        interpolated_table,
+        text=interpolated_text,
+        decimals={"at L0": 1, "seeds": 0},
     ),
     *(
         Analysis(name, about, partial(matched_table, by=by), text=matched_text, decimals=_DECIMALS)

@@ -175,6 +175,26 @@ def test_gradient_norms_are_correlated_by_rank() -> None:
     assert shown["mean grad norm"].tolist() == pytest.approx([37.0, 2.0])
 
 
+def test_frontiers_are_read_off_at_levels_that_most_kinds_reach() -> None:
+    e2e = [(5.0, 0.8), (15.0, 0.3), (30.0, 0.2)]
+    table = ALL["interpolated"].compute(
+        study_of(runs("local", LOCAL), runs("local", times(LOCAL, 1.2), seed=1), runs("e2e", e2e))
+    )
+    local, other = table.to_dict("records")
+    # L0: 10, 15, 20 and 30 lie within both, CE increases: 0.25 to 0.8; the middle ones.
+    assert (local["at_L0"], local["at_CE_increase"]) == (15.0, 0.5)
+    assert local["CE_increase"] == pytest.approx((0.75 + 1.2 * 0.75) / 2)
+    assert local["CE_increase_spread"] == pytest.approx(0.15 / math.sqrt(2))
+    assert local["L0"] == pytest.approx((20.0 + 20.0 + 20.0 * (0.6 - 0.5) / 0.3) / 2)
+    assert (other["CE_increase"], other["L0"]) == pytest.approx((0.3, 5.0 + 10.0 * 0.3 / 0.5))
+    assert (local["seeds"], other["seeds"]) == (2, 1)
+    shown = performance.interpolated_text(table).to_dict("records")
+    assert shown[0]["CE increase"] == "0.825 ± 0.106"
+    assert shown[1]["L0"] == "11.0"
+    with pytest.raises(NotApplicable, match="two kinds at one position, with several sparsities each"):
+        ALL["interpolated"].compute(study_of(runs("local", LOCAL)))
+
+
 def timed(run_type: str, seconds: list[float], members: float = NAN) -> list[dict[str, Any]]:
     rows = runs(run_type, [(10.0 + i, 1.0) for i in range(len(seconds))], members=members)
     return [{**row, "seconds": s} for row, s in zip(rows, seconds, strict=True)]
