@@ -92,7 +92,9 @@ test-smoke: install-dev ## the slow tests that .ci/run includes
 	$(PYTEST) --runslow -m smoke $(PYTEST_ARGS)
 
 # What these test is the same on every version of TransformerLens.
-TL3_LEFT_OUT := $(addprefix --ignore=tests/,ops data mlp_training analysis/interpret)
+TL3_LEFT_OUT := $(addprefix --ignore=tests/,ops data mlp_training analysis/interpret) \
+	$(patsubst %,--ignore=tests/analysis/test_%.py,agreement_sentences bootstrap feature_html feature_pages_browser \
+	geometry matching paper performance runs_wandb similarity)
 
 test-tl3: $(VENV_TL3)/.installed-dev ## the suite on TransformerLens 3.9 (HookedTransformer), in its own environment
 	@$(VENV_TL3)/bin/python -c "import importlib.metadata as m; v = m.version('transformer-lens'); \
