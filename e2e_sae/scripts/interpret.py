@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from e2e_sae.errors import UserError
 from e2e_sae.log import logger
+from e2e_sae.scripts.studies import add_study_arguments, check_at_least_1, study_of
 
 if TYPE_CHECKING:
     from e2e_sae.analysis.interpret.run import Online, Prices
@@ -40,22 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (default 8)")
     models.add_argument("--max-per-minute", type=float, metavar="N", help="requests sent (default: no limit)")
     data = parser.add_argument_group("examples")
-    data.add_argument("--n-samples", type=int, default=1000, metavar="N", help="evaluation rows (default 1000)")
     data.add_argument("--n-top", type=int, default=10, metavar="N", help="contexts to explain from (default 10)")
     data.add_argument(
         "--n-held-out", type=int, default=20, metavar="N", help="active and silent contexts to score on (default 20)"
     )
     data.add_argument("--n-context", type=int, default=32, metavar="N", help="tokens in a context (default 32)")
-    data.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
-    data.add_argument("--device", default="auto", help="where models run (default: CUDA if there is one)")
-    data.add_argument("--seed", type=int, default=0, help="of latents, contexts and bootstrap (default 0)")
+    add_study_arguments(data, 1000, "latents, contexts and bootstrap")
 
 
 def run(args: argparse.Namespace) -> None:
     """Interprets latents of the named runs."""
-    for name in ("n_samples", "n_top", "n_held_out", "n_context", "batch_size", "concurrency"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    check_at_least_1(args, "n_samples", "n_top", "n_held_out", "n_context", "batch_size", "concurrency")
     latents = _latents(args.latents)
     online = None if args.offline else _online(args)
     if args.offline:
@@ -65,15 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from e2e_sae.analysis.runs import only_where, runs_table
     from e2e_sae.analysis.study import Study
 
-    study = Study(
-        only_where(runs_table(args.runs), args.where),
-        args.out / "cache",
-        n_samples=args.n_samples,
-        batch_size=args.batch_size,
-        device=args.device,
-        seed=args.seed,
-        overrides=args.overrides,
-    )
+    study = study_of(args, only_where(runs_table(args.runs), args.where), Study)
     wanted = Wanted(latents, args.n_top, args.n_held_out, args.n_context)
     with nullcontext() if online is None else closing(online.endpoint):
         files = interpret(study, wanted, args.out, online)

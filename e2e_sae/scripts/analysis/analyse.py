@@ -8,6 +8,7 @@ from pathlib import Path
 from e2e_sae.errors import UserError
 from e2e_sae.log import log_to_console
 from e2e_sae.scripts.exit_codes import run_command
+from e2e_sae.scripts.studies import add_study_arguments, check_at_least_1, study_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", action="store_true", help="instead of RUNS: the paper's own, from W&B")
     parser.add_argument("--out", type=Path, default=Path("analysis"), metavar="DIR", help="default: ./analysis")
     parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these runs")
-    parser.add_argument("--n-samples", type=int, default=100, metavar="N", help="rows for activations (default 100)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at a time (default 8)")
-    parser.add_argument("--device", default="auto", help="where models run (default: CUDA if there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="of bootstrap, resampling and UMAP (default 0)")
+    add_study_arguments(parser, 100, "bootstrap, resampling and UMAP")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,9 +32,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{analysis.name:<{width}}  {analysis.about}")
         return
     analyses = chosen(args.only)
-    for name in ("n_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    check_at_least_1(args, "n_samples", "batch_size")
     if not args.runs and not args.paper:
         raise UserError("nothing to analyse: name run folders, a sweep folder, W&B runs or a W&B project")
     if args.runs and args.paper:
@@ -48,15 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     paper = PaperRuns.from_file(FILE) if args.paper else None
     table = only_where(runs_table(args.runs) if paper is None else papers_table(paper), args.where)
-    study = Study(
-        table,
-        args.out / "cache",
-        n_samples=args.n_samples,
-        batch_size=args.batch_size,
-        device=args.device,
-        seed=args.seed,
-        overrides=args.overrides,
-    )
+    study = study_of(args, table, Study)
     with published_colours(paper) if paper is not None else nullcontext():
         produce(study, analyses, args.out)
 
