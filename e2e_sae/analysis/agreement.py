@@ -33,7 +33,7 @@ from e2e_sae.acts import Output, Pass, Position, TokenBatch
 from e2e_sae.analysis.agreement_sentences import TEMPLATES, Sentences, agreement_sentences
 from e2e_sae.analysis.compared import KEYS, Group, compared_groups, opened
 from e2e_sae.analysis.item import Analysis, Figure, NotApplicable
-from e2e_sae.analysis.looks import for_readers, grid, legend_below, line_looks, line_panels, n_columns, panels_of
+from e2e_sae.analysis.looks import for_readers, grid, legend_below, line_panels, lines_of, n_columns, panels_of
 from e2e_sae.analysis.study import Study
 from e2e_sae.errors import UserError
 from e2e_sae.log import logger
@@ -266,9 +266,8 @@ def _by_kept(table: Any, column: str, ylabel: str) -> Any:
     figure, axes = grid(len(panels), n_templates if n_templates > 1 else n_columns(len(panels)), 4.2, 3.4)
     for (title, part), ax in zip(panels, axes, strict=True):
         ax.axhline(1, color="black", linewidth=0.8, linestyle="--", label="the model itself")
-        looks = line_looks(table, part)
-        for label, line in part.groupby("label", sort=False):
-            ax.plot(line["n_kept"], line[column], marker="o", markersize=3, label=label, **looks[label])
+        for line, look in lines_of(table, part):
+            ax.plot(line["n_kept"], line[column], marker="o", markersize=3, **look)
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xlim(left=0)
         ax.set_xlabel("latents kept (the others mean-ablated)")

@@ -158,7 +158,7 @@ def across_text(table: Any) -> Any:
         shown["seeds"] = [f"{a}, {b}" for a, b in zip(rows["seed_a"], rows["seed_b"], strict=True)]
     return shown.assign(
         **{"alive, A": rows["n_a"], "alive, B": rows["n_b"], "largest cosine": rows["mean_largest"]},
-        **{"one to one": rows["mean_one_to_one"], "nearest of another too": rows["share_used_again"]},
+        **{"one to one": rows["mean_one_to_one"], "nearest used again": rows["share_used_again"]},
     )
 
 

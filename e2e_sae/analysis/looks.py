@@ -3,7 +3,7 @@
 Tables have the columns `compared.KEYS`; a panel is one hook point of one language model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from e2e_sae.run_types import COLOURS, MORE_COLOURS
@@ -12,6 +12,8 @@ CLEAN = {"color": "#333333", "linestyle": "-", "linewidth": 2.5}
 """Line of the clean activations."""
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (8, 3, 2, 3)))
 """Line styles, the plainest first."""
+CLEAN_LABEL = "clean"
+"""Label of the clean activations, which have no type."""
 MANY_LINES = 8
 """A panel with more lines is split by architecture."""
 _N_LEGEND = 6
@@ -39,6 +41,18 @@ def line_looks(table: Any, panel: Any = None) -> dict[str, dict[str, Any]]:
         line = LINES[order.index(_variant(label, kind)) % len(LINES)]
         looks[label] = {"color": colours[kind], "linestyle": line, "linewidth": 1.5}
     return looks
+
+
+def lines_of(table: Any, panel: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yields the rows of each label of a panel, in its order, and matplotlib's options of its line, `label` among them.
+
+    Args:
+        table: all rows, as in `line_looks`.
+        panel: rows of the panel.
+    """
+    looks = line_looks(table, panel)
+    for label, line in panel.groupby("label", sort=False):
+        yield line, {"label": label, **(CLEAN if label == CLEAN_LABEL else looks[label])}
 
 
 def panels_of(table: Any) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from e2e_sae.analysis.compared import KEYS, compared_groups
 from e2e_sae.analysis.item import Analysis, Figure
-from e2e_sae.analysis.looks import for_readers, grid, legend_below, line_looks, line_panels, n_columns, panels_of
+from e2e_sae.analysis.looks import for_readers, grid, legend_below, line_panels, lines_of, n_columns, panels_of
 from e2e_sae.analysis.reconstructions import N_SAMPLED, reconstructions
 from e2e_sae.analysis.study import Study
 
@@ -114,9 +114,8 @@ def _by_position(table: Any, column: str, ylabel: str) -> Any:
     panels = line_panels(means)
     figure, axes = grid(len(panels), n_columns(len(panels)), 5.0, 3.4, sharey=True)
     for (title, part), ax in zip(panels, axes, strict=True):
-        looks = line_looks(table, part)
-        for label, line in part.groupby("label", sort=False):
-            ax.plot(line["position"], line[column], label=label, **looks[label])
+        for line, look in lines_of(table, part):
+            ax.plot(line["position"], line[column], **look)
         ax.set(xlabel="position in the row (tokens)", ylabel=ylabel, title=title)
     legend_below(figure, axes)
     return figure
@@ -128,10 +127,9 @@ def draw_cosines(table: Any) -> Any:
     panels = line_panels(bins)
     figure, axes = grid(len(panels), n_columns(len(panels)), 5.0, 3.4, sharex=True)
     for (title, part), ax in zip(panels, axes, strict=True):
-        looks = line_looks(table, part)
-        for label, line in part.groupby("label", sort=False):
+        for line, look in lines_of(table, part):
             share = 100 * line["n"] / line["n"].sum()
-            ax.stairs(share, [*line["low"], line["high"].iloc[-1]], label=label, **looks[label])
+            ax.stairs(share, [*line["low"], line["high"].iloc[-1]], **look)
         ax.set(xlabel="cosine of activation and SAE's output", ylabel="tokens (%)", title=title)
     axes[0].set_xlim(float(bins[bins["n"] > 0]["low"].min()) - 0.02, 1.02)
     legend_below(figure, axes)

@@ -20,7 +20,16 @@ from torch.nn.functional import cosine_similarity
 from e2e_sae.analysis.clean_directions import Directions, clean_directions
 from e2e_sae.analysis.compared import KEYS, ComparedSAE, Group, compared_groups
 from e2e_sae.analysis.item import Analysis, Figure
-from e2e_sae.analysis.looks import CLEAN, for_readers, grid, legend_below, line_looks, line_panels, n_columns, panels_of
+from e2e_sae.analysis.looks import (
+    CLEAN_LABEL,
+    for_readers,
+    grid,
+    legend_below,
+    line_panels,
+    lines_of,
+    n_columns,
+    panels_of,
+)
 from e2e_sae.analysis.reconstructions import N_SAMPLED, N_SHOWN, Reconstruction, reconstructions
 from e2e_sae.analysis.study import Study
 
@@ -51,7 +60,7 @@ def principal_directions_table(study: Study) -> Any:
 def _of_clean(group: Group, point: str, directions: Directions, any_sae: Reconstruction) -> list[Any]:
     import pandas as pd
 
-    keys = {"model_name": group.model_name, "sae_pos": point, "label": "clean"}
+    keys = {"model_name": group.model_name, "sae_pos": point, "label": CLEAN_LABEL}
     numbers = range(len(directions.axes))
     first = directions.by_position[0]
     means = directions.components(directions.by_position)[:, :N_SHOWN]
@@ -119,7 +128,7 @@ def text(table: Any) -> Any:
     rows: list[dict[str, Any]] = []
     several = table["model_name"].nunique() > 1
     for _, part in panels_of(table):
-        clean = part[(part["label"] == "clean") & (part["direction"] == 0)].groupby("measure")["value"].first()
+        clean = part[(part["label"] == CLEAN_LABEL) & (part["direction"] == 0)].groupby("measure")["value"].first()
         r = part[part["measure"] == "r"]
         for keys, of_sae in r.groupby(list(KEYS), sort=False):
             at = of_sae.set_index(["place", "direction"])["value"]
@@ -144,9 +153,8 @@ def draw_correlations(table: Any) -> Any:
         share = part[part["measure"] == "explained_share"]
         ax.bar(share["direction"], share["value"], color="#bbbbbb", width=0.8, label="share of variance")
         r = part[(part["measure"] == "r") & (part["place"] == LATER)]
-        looks = line_looks(table, r)
-        for label, line in r.groupby("label", sort=False):
-            ax.plot(line["direction"], line["value"], marker="o", markersize=3, label=label, **looks[label])
+        for line, look in lines_of(table, r):
+            ax.plot(line["direction"], line["value"], marker="o", markersize=3, **look)
         ax.set(xlabel="principal direction of the clean activations", title=title)
         ax.set_ylabel("r of input's and output's\ncomponents (positions > 0)")
     axes[0].set_ylim(min(0.0, float(table[table["measure"] == "r"]["value"].min())), 1.03)
@@ -164,9 +172,8 @@ def draw_positions(table: Any) -> Any:
     ]
     figure, axes = grid(len(panels), means["direction"].nunique(), 4.4, 3.3)
     for (title, part), ax in zip(panels, axes, strict=True):
-        looks = {"clean": CLEAN, **line_looks(table, part)}
-        for label, line in part.groupby("label", sort=False):
-            ax.plot(line["position"], line["value"], label=label, **looks[label])
+        for line, look in lines_of(table, part):
+            ax.plot(line["position"], line["value"], **look)
         if _has_outliers(part["value"]):
             ax.set_yscale("asinh", linear_width=_ordinary(part["value"]))
         ax.set(xlabel="position in the row (tokens)", ylabel="mean component")
@@ -177,7 +184,7 @@ def draw_positions(table: Any) -> Any:
 
 def draw_components(table: Any) -> Any:
     """Draws histograms of the clean component along direction 0 by the token's place (fig. 22)."""
-    clean = table[(table["measure"] == "component") & (table["label"] == "clean")]
+    clean = table[(table["measure"] == "component") & (table["label"] == CLEAN_LABEL)]
     panels = panels_of(clean)
     figure, axes = grid(len(panels), n_columns(len(panels)), 5.0, 3.4)
     for (title, part), ax in zip(panels, axes, strict=True):
@@ -200,9 +207,8 @@ def draw_decoders(table: Any) -> Any:
     panels = line_panels(bins)
     figure, axes = grid(len(panels), n_columns(len(panels)), 5.0, 3.4, sharex=True)
     for (title, part), ax in zip(panels, axes, strict=True):
-        looks = line_looks(table, part)
-        for label, line in part.groupby("label", sort=False):
-            ax.stairs(line["value"], [*line["low"], line["high"].iloc[-1]], label=label, **looks[label])
+        for line, look in lines_of(table, part):
+            ax.stairs(line["value"], [*line["low"], line["high"].iloc[-1]], **look)
         ax.set(xlabel="cosine of decoder direction and direction 0", ylabel="active latents", title=title)
     seen = bins[bins["value"] > 0]
     if len(seen):
